@@ -1,0 +1,1 @@
+"""What puts the parts together: settings, command line, local stack, demo, docker-compose."""

@@ -1,0 +1,68 @@
+"""Errors of the feature layer: what a reader or writer of state can run into."""
+
+from enum import StrEnum
+
+
+class FeatureError(Exception):
+    """Root of this package's errors."""
+
+    retriable: bool = False
+
+
+class Reason(StrEnum):
+    """Why an event went to the dead-letter topic (header `reason`)."""
+
+    TOO_LARGE = "too_large"
+    MALFORMED = "malformed"
+    WRONG_TYPE = "wrong_type"
+    UNSUPPORTED_VERSION = "unsupported_version"
+    ID_OUT_OF_RANGE = "id_out_of_range"
+    KEY_MISMATCH = "key_mismatch"
+    UNKNOWN_ACTION = "unknown_action"
+    TIME_OUT_OF_RANGE = "time_out_of_range"
+    TIME_IN_FUTURE = "time_in_future"
+
+
+class InvalidEventError(FeatureError, ValueError):
+    """An event breaks the contract of docs/formats.md; `reason` is what the dead letter carries."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(f"{reason.value}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+class CorruptRowError(FeatureError):
+    """Stored bytes are not a state row this version can read."""
+
+
+class SchemaMismatchError(FeatureError):
+    """A model or a reader was built for another feature schema than the state has."""
+
+
+class StoreError(FeatureError):
+    """Redis refused or could not be reached."""
+
+
+class StoreUnavailableError(StoreError):
+    """Redis did not answer; the same call may work later."""
+
+    retriable = True
+
+
+class StoreFullError(StoreError):
+    """Redis is at maxmemory; nothing was written, consumption has to pause."""
+
+    retriable = True
+
+
+class UnsafeStoreError(StoreError):
+    """Redis may evict state by itself, which would lose users silently."""
+
+
+class LakeError(FeatureError):
+    """The event log on disk is missing, truncated or has a hole."""
+
+
+class ReadOnlyViewError(FeatureError):
+    """A view owned by the stream worker was written through Feast."""

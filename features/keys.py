@@ -1,0 +1,61 @@
+"""Redis keys, both directions. A user's keys share a hash slot through their bucket's tag."""
+
+from __future__ import annotations
+
+from typing import Final
+
+PREFIX: Final = "moveline"
+# Users hash into this many buckets for ever: the number is part of the key format.
+NUM_BUCKETS: Final = 1024
+_BUCKET_SHIFT: Final = 54
+_FIBONACCI: Final = 0x9E3779B97F4A7C15
+_MASK_64: Final = 2**64 - 1
+
+
+def bucket_of(entity_id: int) -> int:
+    """Return the bucket, 0..1023, by Fibonacci hashing: the top ten bits of id * 2^64/phi.
+
+    >>> bucket_of(0), bucket_of(1), 0 <= bucket_of(2**62) < NUM_BUCKETS
+    (0, 632, True)
+    """
+    return ((entity_id * _FIBONACCI) & _MASK_64) >> _BUCKET_SHIFT
+
+
+def row_key(generation: int, user_id: int) -> str:
+    """Return the key of a user's state row."""
+    return f"{PREFIX}:{{b{bucket_of(user_id)}}}:g{generation}:row:{user_id}"
+
+
+def chunks_key(generation: int, user_id: int) -> str:
+    """Return the key of a user's waiting chunks: a hash of chunk number to records."""
+    return f"{PREFIX}:{{b{bucket_of(user_id)}}}:g{generation}:chunks:{user_id}"
+
+
+def items_key(item_id: int) -> str:
+    """Return the key of the hash that holds an item's catalogue entry (field: decimal item id)."""
+    return f"{PREFIX}:{{i{bucket_of(item_id)}}}:items"
+
+
+def generation_key(generation: int) -> str:
+    """Return the key of a generation's recorded config."""
+    return f"{PREFIX}:generation:g{generation}"
+
+
+POINTERS_KEY: Final = f"{PREFIX}:pointers"
+DOMAINS_KEY: Final = f"{PREFIX}:domains"
+TRENDING_KEY: Final = f"{PREFIX}:trending"
+WITHDRAWN_KEY: Final = f"{PREFIX}:withdrawn"
+
+
+def parse_generation(name: str) -> int:
+    """Return 3 for "g3".
+
+    Raises:
+        ValueError: not a generation name.
+
+    >>> parse_generation("g3")
+    3
+    """
+    if len(name) < 2 or name[0] != "g" or not name[1:].isdigit():  # noqa: PLR2004 - "g" + digit
+        raise ValueError(f"{name!r} is not a generation; write g1, g2, ...")
+    return int(name[1:])

@@ -1,0 +1,332 @@
+"""The one door to Redis: state rows, catalogue, pointers. Knows keys and scripts, no meaning."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+import redis
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.retry import Retry
+
+from features import keys
+from features.catalogue import Item, decode_item, encode_item
+from features.config import StateConfig, config_from_json
+from features.errors import (
+    SchemaMismatchError,
+    StoreError,
+    StoreFullError,
+    StoreUnavailableError,
+    UnsafeStoreError,
+)
+from features.row import POSITION_FROM_END, RowWrite, decode_row, newest_bytes
+from features.state import EMPTY_STATE, UserState, rebuild_window
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from redis.client import Pipeline
+
+# A read for scoring that takes longer is worth less than a degraded answer.
+TIMEOUT_S_DEFAULT: Final = 5.0
+# One pipeline's size: past it Redis buffers replies for nothing.
+PIPELINE_MAX: Final = 2_000
+
+
+@contextmanager
+def _mapped_errors(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except (RedisConnectionError, RedisTimeoutError) as error:
+        raise StoreUnavailableError(
+            f"Redis did not answer while {doing}: {error}. "
+            "Check `moveline status` and the redis.url setting."
+        ) from error
+    except OutOfMemoryError as error:
+        raise StoreFullError(
+            f"Redis is at maxmemory while {doing}: raise it, or drop a generation."
+        ) from error
+    except RedisError as error:
+        raise StoreError(f"Redis refused while {doing}: {error}") from error
+
+
+def connect(url: str, *, timeout_s: float = TIMEOUT_S_DEFAULT) -> redis.Redis:
+    """Return a client that never retries by itself: a lost reply must not be written twice."""
+    return redis.Redis.from_url(
+        url,
+        socket_timeout=timeout_s,
+        socket_connect_timeout=timeout_s,
+        retry=Retry(NoBackoff(), 0),
+        decode_responses=False,
+    )
+
+
+def _run(client: redis.Redis, *command: str | bytes | float) -> Any:  # noqa: ANN401 - Redis replies
+    execute: Callable[..., Any] = client.execute_command
+    return execute(*command)
+
+
+def _queue(pipeline: Pipeline, *command: str | bytes | float) -> None:
+    execute: Callable[..., Any] = pipeline.execute_command
+    execute(*command)
+
+
+@dataclass(frozen=True)
+class Pointers:
+    """What is live: the model version that answers and the generation it reads."""
+
+    model_version: int | None
+    generation: int
+
+
+@dataclass(frozen=True)
+class Trending:
+    """Items for users nothing is known of, best first, with their scores."""
+
+    item_ids: tuple[int, ...]
+    scores: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class StateStore:
+    """State of one generation in Redis."""
+
+    client: redis.Redis
+    generation: int
+    config: StateConfig
+
+    def ping(self) -> None:
+        """Return once Redis answers.
+
+        Raises:
+            StoreUnavailableError: it does not.
+        """
+        with _mapped_errors("pinging"):
+            _run(self.client, "PING")
+
+    def refuse_eviction(self) -> None:
+        """Return if Redis keeps what it is given.
+
+        Raises:
+            UnsafeStoreError: a maxmemory-policy other than noeviction.
+        """
+        with _mapped_errors("reading maxmemory-policy"):
+            reply = _run(self.client, "CONFIG GET", "maxmemory-policy")
+        policy = reply.get("maxmemory-policy", reply.get(b"maxmemory-policy"))
+        if policy not in {"noeviction", b"noeviction"}:
+            raise UnsafeStoreError(
+                f"maxmemory-policy is {policy!r}: Redis would drop users silently. "
+                "Run `redis-cli config set maxmemory-policy noeviction`."
+            )
+
+    def claim_generation(self) -> None:
+        """Record the generation's config, or check that the recorded one is equal.
+
+        Raises:
+            SchemaMismatchError: the generation was built under other rules.
+        """
+        key = keys.generation_key(self.generation)
+        with _mapped_errors("claiming the generation"):
+            _run(self.client, "SET", key, self.config.to_json(), "NX")
+            recorded = _run(self.client, "GET", key)
+        if recorded != self.config.to_json():
+            raise SchemaMismatchError(
+                f"generation g{self.generation} was built with {recorded!r}, this worker has "
+                f"{self.config.to_json()!r}: use the recorded rules, or another generation."
+            )
+
+    @cached_property
+    def _write_script(self) -> bytes:
+        return files("features").joinpath("lua/write_state.lua").read_bytes()
+
+    def load(self, user_ids: Sequence[int]) -> dict[int, UserState]:
+        """Return each user's whole state, EMPTY_STATE for users Redis does not know.
+
+        Raises:
+            StoreError: Redis did not answer.
+            CorruptRowError: stored bytes are not a row.
+        """
+        rows = self._pipelined(
+            [("GET", keys.row_key(self.generation, user)) for user in user_ids], "loading states"
+        )
+        window = self.config.dedup_window
+        return {
+            user: EMPTY_STATE if row is None else rebuild_window(decode_row(row), window)
+            for user, row in zip(user_ids, rows, strict=True)
+        }
+
+    def write(self, writes: Mapping[int, RowWrite]) -> list[int]:
+        """Write every state by compare-and-set; return the users whose write was refused.
+
+        A refused user's state moved on since the change was computed: drop what you cached, load
+        again, step again.
+
+        Raises:
+            StoreError: Redis did not answer or is full; some states may be written.
+        """
+        digest = self._script_digest
+        commands = [
+            (
+                "EVALSHA",
+                digest,
+                2,
+                keys.row_key(self.generation, user),
+                keys.chunks_key(self.generation, user),
+                write.expected,
+                write.keep,
+                write.data,
+                POSITION_FROM_END,
+                *write.chunks,
+            )
+            for user, write in writes.items()
+        ]
+        try:
+            replies = self._pipelined(commands, "writing states")
+        except _ScriptMissingError:
+            with _mapped_errors("loading the write script"):
+                _run(self.client, "SCRIPT LOAD", self._write_script)
+            replies = self._pipelined(commands, "writing states")
+        return [user for user, reply in zip(writes, replies, strict=True) if reply == 0]
+
+    @cached_property
+    def _script_digest(self) -> str:
+        with _mapped_errors("loading the write script"):
+            return str(_run(self.client, "SCRIPT LOAD", self._write_script))
+
+    def read_rows(
+        self, user_ids: Sequence[int], *, newest: int | None = None
+    ) -> list[bytes | None]:
+        """Return the users' rows in one round trip, each read atomically; None when unknown.
+
+        Args:
+            user_ids: whose rows.
+            newest: only this many of the newest records (and all of the trailer).
+        """
+        if newest is None:
+            commands: list[tuple[Any, ...]] = [
+                ("GET", keys.row_key(self.generation, user)) for user in user_ids
+            ]
+        else:
+            start = -newest_bytes(newest)
+            commands = [
+                ("GETRANGE", keys.row_key(self.generation, user), start, -1) for user in user_ids
+            ]
+        return [row or None for row in self._pipelined(commands, "reading states")]
+
+    def _pipelined(self, commands: Sequence[tuple[Any, ...]], doing: str) -> list[Any]:
+        replies: list[Any] = []
+        for start in range(0, len(commands), PIPELINE_MAX):
+            pipeline = self.client.pipeline(transaction=False)
+            for command in commands[start : start + PIPELINE_MAX]:
+                _queue(pipeline, *command)
+            with _mapped_errors(doing):
+                replies += pipeline.execute(raise_on_error=False)
+        for reply in replies:
+            if isinstance(reply, NoScriptError):
+                raise _ScriptMissingError(str(reply))
+            if isinstance(reply, ResponseError):
+                with _mapped_errors(doing):
+                    raise reply
+        return replies
+
+
+class _ScriptMissingError(StoreError):
+    """Redis restarted and forgot the script: load it and run the pipeline again.
+
+    Running the whole pipeline twice is safe: what was written refuses its second write, and a
+    refused user is loaded again.
+    """
+
+
+@dataclass(frozen=True)
+class CatalogueStore:
+    """Items, domains and pointers in Redis: small, shared by all generations."""
+
+    client: redis.Redis
+
+    def put_items(self, items: Iterable[Item]) -> None:
+        """Store catalogue entries; the last one of an item wins (its topic is compacted)."""
+        with _mapped_errors("writing items"):
+            pipeline = self.client.pipeline(transaction=False)
+            for item in items:
+                field = b"%d" % item.item_id
+                _queue(pipeline, "HSET", keys.items_key(item.item_id), field, encode_item(item))
+                verb = "SREM" if item.available else "SADD"
+                _queue(pipeline, verb, keys.WITHDRAWN_KEY, field)
+            pipeline.execute()
+
+    def get_items(self, item_ids: Sequence[int]) -> list[Item | None]:
+        """Return the entries in the order asked, None where the catalogue has none."""
+        with _mapped_errors("reading items"):
+            pipeline = self.client.pipeline(transaction=False)
+            for item_id in item_ids:
+                _queue(pipeline, "HGET", keys.items_key(item_id), b"%d" % item_id)
+            raw = pipeline.execute()
+        return [None if entry is None else decode_item(entry) for entry in raw]
+
+    def withdrawn(self) -> set[int]:
+        """Return the ids of items that must not be recommended."""
+        with _mapped_errors("reading withdrawn items"):
+            return {int(raw) for raw in _run(self.client, "SMEMBERS", keys.WITHDRAWN_KEY)}
+
+    def put_domains(self, domains: Mapping[int, str]) -> None:
+        """Remember which text a domain hash stands for."""
+        if not domains:
+            return
+        with _mapped_errors("writing domains"):
+            pairs = [part for code, text in domains.items() for part in (b"%d" % code, text)]
+            _run(self.client, "HSET", keys.DOMAINS_KEY, *pairs)
+
+    def get_domains(self) -> dict[int, str]:
+        """Return every known domain by its hash."""
+        with _mapped_errors("reading domains"):
+            raw = _run(self.client, "HGETALL", keys.DOMAINS_KEY)
+        return {int(code): text.decode() for code, text in raw.items()}
+
+    def put_pointers(self, pointers: Pointers) -> None:
+        """Make a model version and a generation the live ones, at once for every reader."""
+        values: list[str | int] = ["generation", pointers.generation]
+        if pointers.model_version is not None:
+            values += ["model_version", pointers.model_version]
+        with _mapped_errors("writing pointers"):
+            _run(self.client, "HSET", keys.POINTERS_KEY, *values)
+
+    def get_pointers(self) -> Pointers | None:
+        """Return what is live, None before anything was published."""
+        with _mapped_errors("reading pointers"):
+            raw = _run(self.client, "HGETALL", keys.POINTERS_KEY)
+        if b"generation" not in raw:
+            return None
+        version = raw.get(b"model_version")
+        return Pointers(None if version is None else int(version), int(raw[b"generation"]))
+
+    def put_trending(self, trending: Trending) -> None:
+        """Replace the trending items."""
+        with _mapped_errors("writing trending items"):
+            _run(self.client, "SET", keys.TRENDING_KEY, msgspec.json.encode(trending))
+
+    def get_trending(self) -> Trending | None:
+        """Return the trending items, None before there were any."""
+        with _mapped_errors("reading trending items"):
+            raw = _run(self.client, "GET", keys.TRENDING_KEY)
+        return None if raw is None else msgspec.json.decode(raw, type=Trending)
+
+    def recorded_config(self, generation: int) -> StateConfig | None:
+        """Return the rules a generation was built with, None if it does not exist."""
+        with _mapped_errors("reading a generation's config"):
+            raw = _run(self.client, "GET", keys.generation_key(generation))
+        return None if raw is None else config_from_json(raw)
+
+
+def count_users(client: redis.Redis, generation: int) -> int:
+    """Return how many users a generation holds. Scans the keyspace: for people, not for code."""
+    with _mapped_errors("counting users"):
+        pattern = f"{keys.PREFIX}:*:g{generation}:row:*"
+        return sum(1 for _ in client.scan_iter(match=pattern, count=10_000))

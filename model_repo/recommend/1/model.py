@@ -1,0 +1,127 @@
+"""Triton's `recommend`: translates tensors; what it answers is decided in scoring/recommend.py."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton_python_backend_utils as pb_utils
+
+from features.clock import now_ms
+from features.redis import connect
+from scoring.live import Live
+from scoring.recommend import Answered, Ask, RetrievalError, Retrieved, answer
+from scoring.signature import K_MAX, NO_ITEM, RETRIEVAL_MODEL
+from scoring.tensors import retrieval_inputs
+
+if TYPE_CHECKING:
+    from features.view import StreamBatch
+
+_INPUTS = ("user_id", "k", "min_partition", "min_offset", "wait_ms", "exclude_seen")
+# Redis beyond this is "away" for an answer: trending now beats state later.
+_REDIS_TIMEOUT_S = 0.25
+
+
+def read(request: Any, name: str) -> torch.Tensor:  # noqa: ANN401 - Triton's objects are untyped
+    """Return an input tensor without a copy."""
+    return torch.from_dlpack(pb_utils.get_input_tensor_by_name(request, name).to_dlpack())
+
+
+def output(name: str, tensor: torch.Tensor) -> Any:  # noqa: ANN401 - Triton's objects are untyped
+    """Return an output (or nested input) tensor without a copy."""
+    return pb_utils.Tensor.from_dlpack(name, torch.to_dlpack(tensor.contiguous()))
+
+
+def retrieve(version: int, streams: StreamBatch, withdrawn: frozenset[int]) -> Retrieved:
+    """Ask one pinned version of the retrieval model, inside the same server."""
+    inputs = retrieval_inputs(streams, withdrawn)
+    response = pb_utils.InferenceRequest(
+        model_name=RETRIEVAL_MODEL,
+        model_version=version,
+        requested_output_names=["item_id", "score", "contribution"],
+        inputs=[output(name, tensor) for name, tensor in inputs.items()],
+    ).exec()
+    if response.has_error():
+        raise RetrievalError(response.error().message())
+    outputs = {
+        name: torch.from_dlpack(pb_utils.get_output_tensor_by_name(response, name).to_dlpack())
+        for name in ("item_id", "score", "contribution")
+    }
+    return Retrieved(
+        outputs["item_id"].tolist(), outputs["score"].tolist(), outputs["contribution"].tolist()
+    )
+
+
+class TritonPythonModel:
+    """One instance; Triton runs it in a process of its own."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Connect to Redis and start following the live pointers."""
+        del args
+        torch.set_num_threads(1)
+        url = os.environ.get("MOVELINE_REDIS__URL")
+        if not url:
+            raise pb_utils.TritonModelException(
+                "MOVELINE_REDIS__URL is not set in tritonserver's environment: the recommend "
+                "model reads every user's state from Redis."
+            )
+        self.live = Live(connect(url, timeout_s=_REDIS_TIMEOUT_S))
+        self.live.start()
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Answer every request; those that wait for a position are answered after the others."""
+        asks = [read_asks(request) for request in requests]
+        responses: list[Any] = [None] * len(requests)
+        todo: list[int] = []
+        for i, users in enumerate(asks):
+            wrong = next((ask for ask in users if not 0 < ask.k <= K_MAX), None)
+            if wrong is None:
+                todo.append(i)
+            else:
+                responses[i] = refuse(f"k={wrong.k}; ask for 1 to {K_MAX} items")
+        for waiting in (False, True):
+            chosen = [i for i in todo if any(a.min_partition >= 0 for a in asks[i]) is waiting]
+            flat = [ask for i in chosen for ask in asks[i]]
+            answers = iter(answer(flat, self.live, retrieve, now_ms()) if flat else [])
+            for i in chosen:
+                responses[i] = respond([next(answers) for _ in asks[i]], asks[i])
+        return responses
+
+    def finalize(self) -> None:
+        """Stop following."""
+        self.live.stop()
+
+
+def read_asks(request: Any) -> list[Ask]:  # noqa: ANN401 - Triton's objects are untyped
+    """Return the asks of one request, one per user."""
+    columns = [read(request, name).flatten().tolist() for name in _INPUTS]
+    return [
+        Ask(user, k, partition, offset, wait_ms, bool(exclude_seen))
+        for user, k, partition, offset, wait_ms, exclude_seen in zip(*columns, strict=True)
+    ]
+
+
+def refuse(message: str) -> Any:  # noqa: ANN401 - Triton's objects are untyped
+    """Return an error response that blames the request."""
+    return pb_utils.InferenceResponse(
+        output_tensors=[], error=pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG)
+    )
+
+
+def respond(answers: list[Answered], asks: list[Ask]) -> Any:  # noqa: ANN401 - untyped
+    """Return the response tensors, padded to the largest k of the request."""
+    width = max(ask.k for ask in asks)
+    item_ids = torch.full((len(answers), width), NO_ITEM, dtype=torch.int64)
+    scores = torch.full((len(answers), width), float("-inf"))
+    for i, one in enumerate(answers):
+        item_ids[i, : len(one.item_ids)] = torch.tensor(one.item_ids, dtype=torch.int64)
+        scores[i, : len(one.scores)] = torch.tensor(one.scores)
+    return pb_utils.InferenceResponse(
+        output_tensors=[
+            output("item_id", item_ids),
+            output("score", scores),
+            output("provenance", torch.tensor([one.provenance for one in answers])),
+            output("contribution", torch.tensor([one.contribution for one in answers])),
+        ]
+    )

@@ -1,0 +1,209 @@
+"""What the Triton model `recommend` does: state in one round trip, retrieval, an honest answer.
+
+No Triton in here: `model_repo/recommend/1/model.py` translates tensors and hands in `retrieve`.
+The ladder when something is away: no model -> trending; no Redis -> trending; unknown user ->
+trending; each marked in the answer.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+
+from features.errors import FeatureError
+from features.row import decode_newest
+from features.view import StreamBatch, batch_streams
+from scoring.signature import NO_ITEM, Degraded
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from features.state import UserState
+    from scoring.live import Live, Snapshot
+
+log = logging.getLogger("moveline.recommend")
+
+# While an answer waits for a position, the rows are read again this often.
+_POLL_S: Final = 0.002
+
+
+class Ask(NamedTuple):
+    """What one user's answer should respect. A negative partition asks for no position."""
+
+    user_id: int
+    k: int
+    min_partition: int = -1
+    min_offset: int = -1
+    wait_ms: int = 0
+    exclude_seen: bool = False
+
+
+class Retrieved(NamedTuple):
+    """What the retrieval model returned for a batch of users, best first."""
+
+    item_ids: list[list[int]]
+    scores: list[list[float]]
+    contributions: list[list[float]]
+
+
+class Answered(NamedTuple):
+    """One user's answer, padded to nothing: as long as there are items."""
+
+    item_ids: list[int]
+    scores: list[float]
+    provenance: tuple[int, int, int, int, int, int]
+    contribution: tuple[float, float, float]
+
+
+class Retrieve(Protocol):
+    """Runs one version of the retrieval model; raises RetrievalError when it is away."""
+
+    def __call__(self, version: int, streams: StreamBatch, withdrawn: frozenset[int]) -> Retrieved:
+        """Return the items for each row of the batch."""
+        ...
+
+
+class RetrievalError(Exception):
+    """The retrieval model did not answer."""
+
+
+@dataclass
+class _Draft:
+    """One answer in the making."""
+
+    ask: Ask
+    state: UserState | None = None
+    degraded: Degraded = Degraded.NONE
+    item_ids: list[int] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    contribution: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    model_version: int = 0
+    newest_ms: int = -1
+
+
+def answer(asks: Sequence[Ask], live: Live, retrieve: Retrieve, now_ms: int) -> list[Answered]:
+    """Return an answer for every ask, in order; whatever is away degrades it, nothing raises."""
+    snapshot = live.snapshot
+    drafts = [_Draft(ask) for ask in asks]
+    if _read_when_reached(drafts, live, snapshot):
+        _retrieve(drafts, snapshot, retrieve, now_ms)
+    for draft in drafts:
+        _fill_with_trending(draft, snapshot)
+    return [_finish(draft, snapshot, now_ms) for draft in drafts]
+
+
+def _read_when_reached(drafts: list[_Draft], live: Live, snapshot: Snapshot) -> bool:
+    """Read every user's state once the positions asked for are reached, or time is up.
+
+    Returns whether Redis answered.
+    """
+    store = live.store(snapshot)
+    # Exactly the streams' length: what waits in the tail to leave as a chunk is not served.
+    newest = snapshot.config.recent + snapshot.config.mid
+    started = time.monotonic()
+    while True:
+        try:
+            rows = store.read_rows([draft.ask.user_id for draft in drafts], newest=newest)
+            states = [None if row is None else decode_newest(row)[0] for row in rows]
+        except FeatureError as error:
+            log.warning("state not read: %s", error)
+            for draft in drafts:
+                draft.degraded |= Degraded.STORE_AWAY
+            return False
+        waited_ms = (time.monotonic() - started) * 1000
+        behind = []
+        for draft, state in zip(drafts, states, strict=True):
+            draft.state = state
+            if not _reached(draft.ask, state):
+                behind.append(draft)
+        if all(draft.ask.wait_ms <= waited_ms for draft in behind):
+            for draft in behind:
+                draft.degraded |= Degraded.POSITION_NOT_REACHED
+            return True
+        time.sleep(_POLL_S)
+
+
+def _reached(ask: Ask, state: UserState | None) -> bool:
+    if ask.min_partition < 0:
+        return True
+    return (
+        state is not None
+        and state.position.partition == ask.min_partition
+        and state.position.offset >= ask.min_offset
+    )
+
+
+def _retrieve(drafts: list[_Draft], snapshot: Snapshot, retrieve: Retrieve, now_ms: int) -> None:
+    """Fill the drafts of known users from the retrieval model."""
+    known: list[tuple[_Draft, UserState]] = []
+    for draft in drafts:
+        if draft.state is None:
+            draft.degraded |= Degraded.UNKNOWN_USER
+        else:
+            known.append((draft, draft.state))
+    if not known:
+        return
+    streams = batch_streams([state for _, state in known], now_ms, snapshot.config)
+    for row, (draft, _) in enumerate(known):
+        draft.newest_ms = int(streams.newest_ms_B[row])
+    try:
+        retrieved = _ask_model(snapshot, streams, retrieve)
+    except RetrievalError as error:
+        log.warning("retrieval model away: %s", error)
+        for draft, _ in known:
+            draft.degraded |= Degraded.MODEL_AWAY
+        return
+    for row, (draft, _) in enumerate(known):
+        draft.model_version = snapshot.model_version or 0
+        recent, mid, lifelong = retrieved.contributions[row]
+        draft.contribution = (recent, mid, lifelong)
+        _take(draft, retrieved.item_ids[row], retrieved.scores[row], snapshot)
+
+
+def _ask_model(snapshot: Snapshot, streams: StreamBatch, retrieve: Retrieve) -> Retrieved:
+    if snapshot.model_version is None:
+        raise RetrievalError("no model version is published")
+    return retrieve(snapshot.model_version, streams, snapshot.withdrawn)
+
+
+def _take(
+    draft: _Draft, item_ids: Sequence[int], scores: Sequence[float], snapshot: Snapshot
+) -> None:
+    """Append items in order until k, leaving out withdrawn, repeated and (if asked) seen ones."""
+    skip = set(draft.item_ids) | snapshot.withdrawn | {NO_ITEM}
+    if draft.ask.exclude_seen and draft.state is not None:
+        skip |= set(draft.state.records["item_id"].tolist())
+    for item_id, score in zip(item_ids, scores, strict=True):
+        if len(draft.item_ids) >= draft.ask.k:
+            return
+        if item_id not in skip:
+            skip.add(item_id)
+            draft.item_ids.append(item_id)
+            draft.scores.append(score)
+
+
+def _fill_with_trending(draft: _Draft, snapshot: Snapshot) -> None:
+    if len(draft.item_ids) >= draft.ask.k:
+        return
+    if draft.item_ids:
+        draft.degraded |= Degraded.FEW_CANDIDATES
+    trending = snapshot.trending
+    _take(draft, trending.item_ids, trending.scores, snapshot)
+
+
+def _finish(draft: _Draft, snapshot: Snapshot, now_ms: int) -> Answered:
+    return Answered(
+        draft.item_ids,
+        draft.scores,
+        (
+            draft.model_version,
+            snapshot.generation,
+            0 if draft.state is None else draft.state.next_ordinal,
+            draft.newest_ms,
+            max(0, now_ms - draft.newest_ms) if draft.newest_ms >= 0 else -1,
+            int(draft.degraded),
+        ),
+        draft.contribution,
+    )

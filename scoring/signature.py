@@ -1,0 +1,50 @@
+"""The tensors of the `recommend` and `gems` models: names shared by server and clients.
+
+Every tensor is INT64 or FP32: the python backend hands those over by DLPack without a copy, and
+its NumPy path is wrong under NumPy 2 (docs/formats.md).
+"""
+
+from __future__ import annotations
+
+from enum import IntFlag
+from typing import Final
+
+RECOMMEND_MODEL: Final = "recommend"
+RETRIEVAL_MODEL: Final = "gems"
+
+# Beam width of the exported retrieval model: no answer can be longer.
+K_MAX: Final = 100
+K_DEFAULT: Final = 10
+# What min_position waits at most on the server, whatever the caller asks: it holds a slot.
+WAIT_MS_MAX: Final = 5_000
+# Users in one request: beyond it a request starves the others of its instance.
+USERS_MAX: Final = 64
+
+NO_ITEM: Final = -1
+
+
+class Degraded(IntFlag):
+    """Why an answer is less than it could be; 0 is a full answer."""
+
+    NONE = 0
+    UNKNOWN_USER = 1
+    STORE_AWAY = 2
+    MODEL_AWAY = 4
+    POSITION_NOT_REACHED = 8
+    FEW_CANDIDATES = 16
+
+
+# Columns of the `provenance` output, INT64 [B, 6].
+PROVENANCE: Final = (
+    "model_version",
+    "generation",
+    "ordinal",
+    "newest_event_time_ms",
+    "newest_event_age_ms",
+    "degraded",
+)
+
+# The lifelong memory a retrieval model reads: summary tokens per user, FP32 [B, 16, 64]. Until
+# memories are built the mask is all zero and the branch contributes nothing.
+LIFELONG_SLOTS: Final = 16
+LIFELONG_WIDTH: Final = 64

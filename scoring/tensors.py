@@ -1,0 +1,40 @@
+"""From a batch of streams to the retrieval model's input tensors. Pure; online and in tests."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from scoring.signature import LIFELONG_SLOTS, LIFELONG_WIDTH, NO_ITEM
+
+if TYPE_CHECKING:
+    from features.view import StreamBatch
+
+
+def retrieval_inputs(streams: StreamBatch, withdrawn: frozenset[int]) -> dict[str, torch.Tensor]:
+    """Return the `gems` inputs of docs/formats.md, in its order.
+
+    Ages count back from the newest event seen, not from the request: with no event in between,
+    the same request gets the same answer a day later.
+    """
+    inputs: dict[str, torch.Tensor] = {}
+    for name, records in (("recent", streams.recent_BR), ("mid", streams.mid_BM)):
+        held = records["item_id"] != NO_ITEM
+        ages = np.where(held, streams.newest_ms_B[:, None] - records["event_time_ms"], 0)
+        inputs[f"{name}_item"] = _int64(records["item_id"])
+        inputs[f"{name}_age_ms"] = _int64(ages)
+        inputs[f"{name}_domain"] = _int64(records["domain"].view(np.int64))
+        inputs[f"{name}_action"] = _int64(records["action"])
+        inputs[f"{name}_dwell_ms"] = _int64(records["dwell_ms"])
+    size = len(streams.newest_ms_B)
+    inputs["lifelong"] = torch.zeros(size, LIFELONG_SLOTS, LIFELONG_WIDTH)
+    inputs["lifelong_mask"] = torch.zeros(size, LIFELONG_SLOTS, dtype=torch.int64)
+    # Never empty: a tensor without elements has no memory to hand over.
+    inputs["withdrawn"] = torch.tensor(sorted(withdrawn | {NO_ITEM}), dtype=torch.int64)
+    return inputs
+
+
+def _int64(column: np.ndarray[tuple[int, ...], np.dtype[Any]]) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(column.astype(np.int64)))

@@ -1,0 +1,143 @@
+"""From Kafka records to what each user's state takes: decode, judge, group. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from features.errors import InvalidEventError
+from features.events import (
+    CONTENT_TYPE_HEADER,
+    MSGPACK_TYPE,
+    decode_event,
+    domain_hash,
+    event_hash,
+    judge_ranges,
+    judge_rules,
+)
+from features.state import NO_DWELL, NO_VALUE, Accepted, Position
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from features.config import StateConfig
+    from features.errors import Reason
+    from features.events import Event
+
+Headers = list[tuple[str, bytes | None]]
+
+
+class Record(NamedTuple):
+    """One Kafka record as the broker handed it out."""
+
+    partition: int
+    offset: int
+    append_time_ms: int
+    key: bytes | None
+    value: bytes | None
+    headers: Headers | None
+
+
+class DeadLetter(NamedTuple):
+    """A record that is not an event, and why."""
+
+    record: Record
+    reason: Reason
+    detail: str
+
+
+@dataclass
+class MicroBatch:
+    """A micro-batch sorted by what has to happen to it.
+
+    Attributes:
+        by_user: valid events that enter streams, per user in offset order.
+        dead_letters: records that break the contract.
+        domains: text of every domain seen, by hash.
+        num_records: records looked at.
+        num_outside: valid events whose action does not enter the streams.
+    """
+
+    by_user: dict[int, list[Accepted]] = field(default_factory=dict)
+    dead_letters: list[DeadLetter] = field(default_factory=list)
+    domains: dict[int, str] = field(default_factory=dict)
+    num_records: int = 0
+    num_outside: int = 0
+
+
+def is_msgpack(headers: Headers | None) -> bool:
+    """Return whether a record's content-type header says MessagePack."""
+    return headers is not None and (CONTENT_TYPE_HEADER, MSGPACK_TYPE) in headers
+
+
+def accept_record(record: Record, config: StateConfig) -> Event:
+    """Return the event in a record, judged by the generation's rules.
+
+    Raises:
+        InvalidEventError: it belongs into the dead-letter topic.
+    """
+    event = decode_event(record.value, msgpack=is_msgpack(record.headers))
+    judge_ranges(event, record.key)
+    judge_rules(event, append_time_ms=record.append_time_ms, config=config)
+    return event
+
+
+def to_accepted(event: Event, record: Record, codes: dict[str, int], source: int = 0) -> Accepted:
+    """Return a valid event as the step takes it."""
+    return Accepted(
+        Position(source, record.partition, record.offset),
+        record.append_time_ms,
+        event.item_id,
+        event.event_time_ms,
+        domain_hash(event.domain),
+        event_hash(event.event_id),
+        NO_DWELL if event.dwell_ms is None else event.dwell_ms,
+        NO_VALUE if event.value is None else event.value,
+        codes[event.action],
+    )
+
+
+def sort_records(records: Iterable[Record], config: StateConfig) -> MicroBatch:
+    """Return the micro-batch in `records`; nothing is dropped without a count."""
+    batch = MicroBatch()
+    codes = {action: code for code, action in enumerate(config.actions)}
+    streamed = frozenset(config.stream_actions)
+    by_user = batch.by_user
+    for record in records:
+        batch.num_records += 1
+        try:
+            event = accept_record(record, config)
+        except InvalidEventError as error:
+            batch.dead_letters.append(DeadLetter(record, error.reason, error.detail))
+            continue
+        if event.action not in streamed:
+            batch.num_outside += 1
+            continue
+        accepted = to_accepted(event, record, codes)
+        if event.domain is not None:
+            batch.domains[accepted.domain] = event.domain
+        events = by_user.get(event.user_id)
+        if events is None:
+            by_user[event.user_id] = [accepted]
+        else:
+            events.append(accepted)
+    return batch
+
+
+def dead_letter_headers(letter: DeadLetter, topic: str) -> Sequence[tuple[str, bytes]]:
+    """Return the headers that say where a dead letter came from and why it is one."""
+    record = letter.record
+    kept = [(name, value) for name, value in record.headers or [] if value is not None]
+    return [
+        *kept,
+        ("moveline-reason", letter.reason.value.encode()),
+        ("moveline-detail", letter.detail.encode()[:DETAIL_BYTES_MAX]),
+        ("moveline-topic", topic.encode()),
+        ("moveline-partition", b"%d" % record.partition),
+        ("moveline-offset", b"%d" % record.offset),
+        ("moveline-append-time-ms", b"%d" % record.append_time_ms),
+    ]
+
+
+# A detail is for a person's eye; the original bytes are the record's value.
+DETAIL_BYTES_MAX = 512

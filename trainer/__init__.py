@@ -1,0 +1,1 @@
+"""Learning: from the event log to an exported retrieval model."""
