@@ -83,7 +83,7 @@ def render(config: StateConfig, lake: Path) -> Repository:
     return Repository(tuple(entities.values()), tuple(rendered.values()), services)
 
 
-def _feature_view(view: View, entity: Entity, source: PushSource | None) -> FeatureView:
+def _feature_view(view: View, entity: Entity, source: PushSource) -> FeatureView:
     key = Field(name=entity.join_key, dtype=Int64)
     return FeatureView(
         name=view.name,
@@ -107,16 +107,15 @@ def _field(feature: Feature) -> Field:
     )
 
 
-def _source(view: View, event_log: FileSource, lake: Path) -> PushSource | None:
-    """Return the view's push source and the files behind it, None for the catalogue.
+def _source(view: View, event_log: FileSource, lake: Path) -> PushSource:
+    """Return the view's push source and the files behind it.
 
-    Views of the worker have one too: a push to it is then refused with the reason, where Feast
-    itself would only say that it knows no such source. Items are not in the lake.
+    Views of the worker have one too: Feast asks for it before it asks our store, which then
+    refuses with the reason. Users' views come from the event log, items' views from a folder of
+    the view's name, which may stay absent: nothing but `feast materialize` reads it.
     """
-    if view.owner == "worker" and view.entity == "item":
-        return None
     files = event_log
-    if view.owner == "feast":
+    if view.entity == "item":
         files = FileSource(
             name=f"{view.name}_files", path=str(lake / view.name), timestamp_field="event_timestamp"
         )

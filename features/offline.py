@@ -23,14 +23,15 @@ REGISTRY_DEFAULT: Final = Path(".moveline/feast/registry.db")
 class MovelineRegistryStore(FileRegistryStore):
     """A registry file with a default place, its folders made when it is first written.
 
-    A relative path starts at the folder that holds `features/`, not at the working directory:
-    Feast's command line changes that one before it opens the registry.
+    A relative path starts at the folder that holds `features/`, as the lake's does, not at the
+    working directory: Feast's command line changes that one before it opens the registry.
     """
 
     def __init__(self, registry_config: RegistryConfig, repo_path: Path | None) -> None:
         unset = registry_config.path.startswith("$")
         path = REGISTRY_DEFAULT if unset else Path(registry_config.path)
-        root = (repo_path or Path(__file__).parent).parent
+        del repo_path  # where Feast was started from, if nobody told it better
+        root = Path(__file__).resolve().parents[1]
         super().__init__(registry_config.model_copy(update={"path": str(root / path)}), root)
 
     def _write_registry(self, registry_proto: Any) -> None:  # noqa: ANN401 - generated protobuf

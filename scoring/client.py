@@ -60,6 +60,7 @@ class Provenance:
 
     Attributes:
         model_version: version that spoke, 0 when none did (trending).
+        live_version: version the pointers named then, 0 before any was published.
         generation: number of the generation whose state was read.
         ordinal: how many of the user's events that state has seen.
         newest_event_time_ms: event time of the newest of them, None without any.
@@ -69,6 +70,7 @@ class Provenance:
     """
 
     model_version: int
+    live_version: int
     generation: int
     ordinal: int
     newest_event_time_ms: int | None
@@ -141,13 +143,16 @@ def _read_answer(user: int, i: int, arrays: dict[str, Any]) -> Answer:
         for item, score in zip(arrays["item_id"][i], arrays["score"][i], strict=True)
         if item != NO_ITEM
     )
-    version, generation, ordinal, newest_ms, age_ms, degraded = map(int, arrays["provenance"][i])
+    version, live, generation, ordinal, newest_ms, age_ms, degraded = map(
+        int, arrays["provenance"][i]
+    )
     recent, mid, lifelong = map(float, arrays["contribution"][i])
     return Answer(
         user,
         items,
         Provenance(
             version,
+            live,
             generation,
             ordinal,
             None if newest_ms < 0 else newest_ms,

@@ -53,14 +53,20 @@ class Answered(NamedTuple):
 
     item_ids: list[int]
     scores: list[float]
-    provenance: tuple[int, int, int, int, int, int]
+    provenance: tuple[int, ...]  # in the order of scoring.signature.PROVENANCE
     contribution: tuple[float, float, float]
 
 
 class Retrieve(Protocol):
     """Runs one version of the retrieval model; raises RetrievalError when it is away."""
 
-    def __call__(self, version: int, streams: StreamBatch, withdrawn: frozenset[int]) -> Retrieved:
+    def __call__(
+        self,
+        version: int,
+        streams: StreamBatch,
+        excluded: Sequence[Sequence[int]],
+        withdrawn: frozenset[int],
+    ) -> Retrieved:
         """Return the items for each row of the batch."""
         ...
 
@@ -149,7 +155,8 @@ def _retrieve(drafts: list[_Draft], snapshot: Snapshot, retrieve: Retrieve, now_
     for row, (draft, _) in enumerate(known):
         draft.newest_ms = int(streams.newest_ms_B[row])
     try:
-        retrieved = _ask_model(snapshot, streams, retrieve)
+        excluded = [_excluded(draft) for draft, _ in known]
+        retrieved = _ask(retrieve, snapshot, streams, excluded)
     except RetrievalError as error:
         log.warning("retrieval model away: %s", error)
         for draft, _ in known:
@@ -162,10 +169,22 @@ def _retrieve(drafts: list[_Draft], snapshot: Snapshot, retrieve: Retrieve, now_
         _take(draft, retrieved.item_ids[row], retrieved.scores[row], snapshot)
 
 
-def _ask_model(snapshot: Snapshot, streams: StreamBatch, retrieve: Retrieve) -> Retrieved:
+def _ask(
+    retrieve: Retrieve,
+    snapshot: Snapshot,
+    streams: StreamBatch,
+    excluded: Sequence[Sequence[int]],
+) -> Retrieved:
     if snapshot.model_version is None:
         raise RetrievalError("no model version is published")
-    return retrieve(snapshot.model_version, streams, snapshot.withdrawn)
+    return retrieve(snapshot.model_version, streams, excluded, snapshot.withdrawn)
+
+
+def _excluded(draft: _Draft) -> list[int]:
+    """Return the user's seen items, newest first, if the ask leaves them out."""
+    if not draft.ask.exclude_seen or draft.state is None:
+        return []
+    return list(dict.fromkeys(draft.state.records["item_id"][::-1].tolist()))
 
 
 def _take(
@@ -173,8 +192,7 @@ def _take(
 ) -> None:
     """Append items in order until k, leaving out withdrawn, repeated and (if asked) seen ones."""
     skip = set(draft.item_ids) | snapshot.withdrawn | {NO_ITEM}
-    if draft.ask.exclude_seen and draft.state is not None:
-        skip |= set(draft.state.records["item_id"].tolist())
+    skip |= set(_excluded(draft))
     for item_id, score in zip(item_ids, scores, strict=True):
         if len(draft.item_ids) >= draft.ask.k:
             return
@@ -199,6 +217,7 @@ def _finish(draft: _Draft, snapshot: Snapshot, now_ms: int) -> Answered:
         draft.scores,
         (
             draft.model_version,
+            snapshot.model_version or 0,
             snapshot.generation,
             0 if draft.state is None else draft.state.next_ordinal,
             draft.newest_ms,

@@ -21,6 +21,8 @@ WAIT_MS_MAX: Final = 5_000
 USERS_MAX: Final = 64
 
 NO_ITEM: Final = -1
+# Items one user's request can exclude inside the model; what is beyond is filtered afterwards.
+NUM_EXCLUDED: Final = 512
 
 
 class Degraded(IntFlag):
@@ -34,9 +36,10 @@ class Degraded(IntFlag):
     FEW_CANDIDATES = 16
 
 
-# Columns of the `provenance` output, INT64 [B, 6].
+# Columns of the `provenance` output, INT64 [B, 7].
 PROVENANCE: Final = (
     "model_version",
+    "live_version",
     "generation",
     "ordinal",
     "newest_event_time_ms",

@@ -7,14 +7,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from scoring.signature import LIFELONG_SLOTS, LIFELONG_WIDTH, NO_ITEM
+from scoring.signature import LIFELONG_SLOTS, LIFELONG_WIDTH, NO_ITEM, NUM_EXCLUDED
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from features.view import StreamBatch
 
 
-def retrieval_inputs(streams: StreamBatch, withdrawn: frozenset[int]) -> dict[str, torch.Tensor]:
+def retrieval_inputs(
+    streams: StreamBatch, excluded: Sequence[Sequence[int]], withdrawn: frozenset[int]
+) -> dict[str, torch.Tensor]:
     """Return the `gems` inputs of docs/formats.md, in its order.
+
+    Args:
+        streams: of B users.
+        excluded: per user, items that must not be returned; the first NUM_EXCLUDED count.
+        withdrawn: items that nobody may be given.
 
     Ages count back from the newest event seen, not from the request: with no event in between,
     the same request gets the same answer a day later.
@@ -31,6 +40,10 @@ def retrieval_inputs(streams: StreamBatch, withdrawn: frozenset[int]) -> dict[st
     size = len(streams.newest_ms_B)
     inputs["lifelong"] = torch.zeros(size, LIFELONG_SLOTS, LIFELONG_WIDTH)
     inputs["lifelong_mask"] = torch.zeros(size, LIFELONG_SLOTS, dtype=torch.int64)
+    inputs["exclude_item"] = torch.full((size, NUM_EXCLUDED), NO_ITEM, dtype=torch.int64)
+    for row, items in enumerate(excluded):
+        kept = torch.tensor(items[:NUM_EXCLUDED], dtype=torch.int64)
+        inputs["exclude_item"][row, : len(kept)] = kept
     # Never empty: a tensor without elements has no memory to hand over.
     inputs["withdrawn"] = torch.tensor(sorted(withdrawn | {NO_ITEM}), dtype=torch.int64)
     return inputs

@@ -16,6 +16,8 @@ from scoring.signature import K_MAX, NO_ITEM, RETRIEVAL_MODEL
 from scoring.tensors import retrieval_inputs
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from features.view import StreamBatch
 
 _INPUTS = ("user_id", "k", "min_partition", "min_offset", "wait_ms", "exclude_seen")
@@ -33,9 +35,14 @@ def output(name: str, tensor: torch.Tensor) -> Any:  # noqa: ANN401 - Triton's o
     return pb_utils.Tensor.from_dlpack(name, torch.to_dlpack(tensor.contiguous()))
 
 
-def retrieve(version: int, streams: StreamBatch, withdrawn: frozenset[int]) -> Retrieved:
+def retrieve(
+    version: int,
+    streams: StreamBatch,
+    excluded: Sequence[Sequence[int]],
+    withdrawn: frozenset[int],
+) -> Retrieved:
     """Ask one pinned version of the retrieval model, inside the same server."""
-    inputs = retrieval_inputs(streams, withdrawn)
+    inputs = retrieval_inputs(streams, excluded, withdrawn)
     response = pb_utils.InferenceRequest(
         model_name=RETRIEVAL_MODEL,
         model_version=version,

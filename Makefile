@@ -1,0 +1,54 @@
+# The only list of commands. Everything is installed into .venv and .local-stack of this folder.
+#   make demo [KEEP=1] [KAFKA_HOME=...]   the main job on real data and real servers
+#   make test                             every test, against the real servers
+#   make check                            format, lint, types, import contracts (under 60 s)
+#   make up / make down                   the local stack by itself
+# TORCH_SPEC chooses another build of torch: see "Choosing a CUDA build" in the README.
+PYTHON ?= python3.11
+TORCH_SPEC ?= torch==2.13.0
+KEEP ?=
+BIN := .venv/bin
+
+.PHONY: demo test check format up down clean
+
+demo: .venv/stamp-local
+	$(BIN)/moveline demo $(if $(KEEP),--keep)
+
+test: .venv/stamp-dev
+	$(BIN)/python -m pytest
+
+check: .venv/stamp-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/stamp-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+up: .venv/stamp-local
+	$(BIN)/moveline up
+
+down:
+	$(BIN)/moveline down
+
+.venv/bin/python:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "moveline needs Python 3.11 (tritonserver of the local stack embeds it) and found no" \
+	       "$(PYTHON): install it, or run make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+# A stamp is written last, so an interrupted install starts over; pip then reuses what is there.
+.venv/stamp-local: .venv/bin/python pyproject.toml
+	$(BIN)/pip install --quiet "$(TORCH_SPEC)"
+	$(BIN)/pip install --quiet --editable ".[local]"
+	$(BIN)/python -m compose.local.install
+	touch $@
+
+.venv/stamp-dev: .venv/stamp-local
+	$(BIN)/pip install --quiet --editable ".[local,dev]"
+	touch $@
+
+clean:
+	rm -rf .venv .local-stack .moveline build *.egg-info

@@ -1,0 +1,69 @@
+"""The `moveline` command: one file a group of verbs, one place where errors become sentences."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from compose.cli import answers, data, models, stack
+from compose.errors import ComposeError
+from features.errors import FeatureError
+from scoring.errors import ScoringError
+
+app = typer.Typer(
+    name="moveline",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help=(
+        "Keep every user's stream live and recommend from it: events in on Kafka, state in "
+        "Redis, models in Triton.\n\n"
+        "Start with [bold]moveline up[/bold] (local servers) or point at your own with "
+        "--kafka, --redis, --triton, MOVELINE_* variables or moveline.toml."
+    ),
+    epilog=(
+        "A first tour: moveline up; moveline worker & moveline lake &; moveline produce "
+        "events.parquet; moveline train; moveline publish; moveline recommend 42"
+    ),
+)
+stack.register(app)
+data.register(app)
+models.register(app)
+answers.register(app)
+
+
+@app.callback()
+def _options(
+    *, verbose: bool = typer.Option(False, "--verbose", "-v", help="Show what happens inside.")
+) -> None:
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(name)s: %(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_path=False)],
+    )
+
+
+def main() -> None:
+    """Run the command line; an error of ours is one sentence on stderr and exit code 1."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except _expected_errors() as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(
+            f"moveline: {error}", style="red", markup=False
+        )
+        sys.exit(1)
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    """Return the roots of our errors; those of packages not imported cannot have been raised."""
+    roots: list[type[Exception]] = [ComposeError, FeatureError, ScoringError]
+    for module, name in (("streams.errors", "StreamError"), ("trainer.errors", "TrainerError")):
+        if module in sys.modules:
+            roots.append(getattr(sys.modules[module], name))
+    return tuple(roots)

@@ -1,0 +1,1 @@
+"""The three servers on one Linux machine, started and supervised without Docker."""

@@ -1,0 +1,173 @@
+"""From the lake to a package, and from a package to the live version: the trainer, put together."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from compose.cli.options import kafka_of, stores_of
+from compose.errors import ComposeError
+from compose.serving import flip
+from features import lake
+from features.clock import now_ms
+from features.redis import CatalogueStore, Trending, connect
+from features.schema import schema_hash
+from scoring.signature import K_MAX, RETRIEVAL_MODEL
+from scoring.triton import TritonServer
+from trainer.baselines import own_frequency, popularity
+from trainer.dataset import EventLog
+from trainer.evaluate import held_out_groups, judge, model_ranker
+from trainer.export import MANIFEST_FILE, Provenance, export
+from trainer.models.gems import GemsConfig
+from trainer.publish import publish
+from trainer.train import TrainConfig, Trained
+from trainer.train import train as train_model
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from compose.settings import Settings
+    from features.config import StateConfig
+    from trainer.evaluate import Quality
+
+
+class NoPackageError(ComposeError):
+    """Nothing was trained yet, or not in this folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRequest:
+    """What `moveline train` was asked for."""
+
+    budget_s: float
+    epochs: float
+    seed: int = 1
+    num_threads: int = 2
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A package and the figures in its manifest."""
+
+    package: Path
+    metrics: Mapping[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Live:
+    """A version that went live."""
+
+    version: int
+    parity: float
+    ready_s: float
+    live_s: float
+
+
+def train_package(settings: Settings, request: TrainRequest) -> TrainResult:
+    """Return a judged and exported package.
+
+    Raises:
+        LakeError: no event log, or an unreadable one.
+        TrainerError: too little to learn from, or training failed.
+    """
+    started = time.monotonic()
+    config = stores_of(settings)[0].config
+    _, topics = kafka_of(settings)
+    files = lake.list_files(settings.lake.path, topics.events)
+    log = EventLog.from_columns(lake.read_accepted(settings.lake.path, topics.events, config))
+    trained = train_model(log, _train_config(request, config))
+    metrics = measure(log, trained, request.seed)
+    created_ms = now_ms()
+    package = request.out or settings.models / f"{RETRIEVAL_MODEL}-{created_ms}"
+    export(
+        trained,
+        package,
+        Provenance(
+            name=RETRIEVAL_MODEL,
+            created_ms=created_ms,
+            window_from={str(f.partition): f.start for f in reversed(files)},
+            window_to={str(f.partition): f.end for f in files},
+            feature_schema_hash=schema_hash(config),
+            metrics=metrics,
+        ),
+    )
+    return TrainResult(package, metrics, time.monotonic() - started)
+
+
+def _train_config(request: TrainRequest, config: StateConfig) -> TrainConfig:
+    return TrainConfig(
+        budget_s=request.budget_s,
+        epochs=request.epochs,
+        seed=request.seed,
+        num_threads=request.num_threads,
+        model=GemsConfig(num_recent=config.recent, num_mid=config.mid),
+    )
+
+
+def measure(log: EventLog, trained: Trained, seed: int) -> dict[str, float]:
+    """Return HR@10 and NDCG@10 of the model and of rankings that need none."""
+    groups = held_out_groups(log, trained.groups, split_ms=trained.split_ms, seed=seed)
+    rankers = {
+        "model": model_ranker(trained.model, trained.source),
+        "popularity": popularity(trained.source, trained.vocabulary),
+        "own_frequency": own_frequency(trained.source),
+    }
+    metrics: dict[str, float] = {}
+    for name, ranker in rankers.items():
+        quality: Quality = judge(trained.source, groups, ranker, name=name)
+        metrics[f"hr10_{name}"] = quality.hr10
+        metrics[f"ndcg10_{name}"] = quality.ndcg10
+    return metrics
+
+
+def newest_package(models: Path) -> Path:
+    """Return the youngest package in the models folder.
+
+    Raises:
+        NoPackageError: there is none.
+    """
+    packages = sorted(path.parent for path in models.glob(f"*/{MANIFEST_FILE}"))
+    if not packages:
+        raise NoPackageError(f"no package under {models}: run `moveline train` first.")
+    return packages[-1]
+
+
+def publish_package(settings: Settings, package: Path) -> Live:
+    """Return once the package is a version that every answer follows.
+
+    Raises:
+        TrainerError: see trainer.publish.
+        FlipNotSeenError: answers did not follow the pointers.
+    """
+    started = time.monotonic()
+    with TritonServer(settings.triton.grpc) as server:
+        published = publish(package, settings.model_repository, server)
+    ready_s = time.monotonic() - started
+    catalogue = CatalogueStore(connect(settings.redis.url))
+    catalogue.put_trending(read_trending(settings))
+    kafka, topics = kafka_of(settings)
+    flip(settings, kafka, topics, published.version)
+    return Live(published.version, published.parity, ready_s, time.monotonic() - started)
+
+
+# What counts as trending until the near-line windows take over: the newest week of the log.
+_TRENDING_MS = 7 * 86_400_000
+
+
+def read_trending(settings: Settings) -> Trending:
+    """Return the items most used in the log's newest week, with their share of its events."""
+    _, topics = kafka_of(settings)
+    config = stores_of(settings)[0].config
+    columns = lake.read_accepted(settings.lake.path, topics.events, config)
+    newest = columns["event_time_ms"] >= columns["event_time_ms"].max() - _TRENDING_MS
+    items, counts = np.unique(columns["item_id"][newest], return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:K_MAX]
+    return Trending(
+        tuple(items[order].tolist()), tuple((counts[order] / counts.sum()).round(6).tolist())
+    )
