@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -104,7 +105,13 @@ class Demo:
         feast = Path(sys.executable).with_name("feast")
         environment = self._environment()
         done = subprocess.run(
-            [str(feast), "-c", str(Path(lake.__file__).parent), "apply", "--skip-source-validation"],
+            [
+                str(feast),
+                "-c",
+                str(Path(lake.__file__).parent),
+                "apply",
+                "--skip-source-validation",
+            ],
             env=environment,
             capture_output=True,
             text=True,
@@ -118,6 +125,7 @@ class Demo:
         settings = self.settings
         return inherited_environment() | {
             "MOVELINE_RUN_DIR": str(settings.run_dir.absolute()),
+            "MOVELINE_KAFKA__PREFIX": settings.kafka.prefix,
             "MOVELINE_LAKE__PATH": str(settings.lake.path.absolute()),
             "MOVELINE_REDIS__URL": settings.redis.url,
             "MOVELINE_KAFKA__BOOTSTRAP": settings.kafka.bootstrap,
@@ -246,10 +254,10 @@ class Demo:
     ) -> None:
         """Send a few events of one household and ask for an answer that has seen them."""
         kafka, topics = kafka_of(self.settings)
-        # What the model ranked last: things the household does not usually buy.
-        unusual = recommender.recommend(before.user_id, k=100, deadline_s=10.0).items
-        clicked = [one.item_id for one in unusual[-NUM_CLICKS:]]
-        self.say(f"household {before.user_id} buys {NUM_CLICKS} things it did not use to buy")
+        # Just below what was shown: near enough to the taste to move up by one purchase.
+        below = recommender.recommend(before.user_id, k=K + NUM_CLICKS, deadline_s=10.0).items[K:]
+        clicked = [one.item_id for one in below]
+        self.say(f"household {before.user_id} buys {NUM_CLICKS} things now")
         for item in catalogue.get_items(clicked):
             self.console.print(f"  {item.name if item else 'not in the catalogue'}")
         with EventProducer(kafka, topics.events) as producer:
@@ -285,6 +293,7 @@ def run_demo(settings: Settings, options: DemoOptions) -> None:
     """
     started = time.monotonic()
     console = Console(stderr=True)
+    settings = own_folder(settings)
     chosen = stack_options(settings, options.kafka_home, persist=False)
     with running_stack(
         chosen,
@@ -304,8 +313,28 @@ def run_demo(settings: Settings, options: DemoOptions) -> None:
         console.print(closing_table(figures))
         if options.keep:
             print_addresses(local, console)
+            console.print(
+                f"The stack stays up. In a shell: export MOVELINE_RUN_DIR={local.run_dir}, then "
+                "`moveline status`, `moveline features HOUSEHOLD`, `moveline recommend "
+                "HOUSEHOLD`, `moveline down`."
+            )
     report("demo", figures, command="make demo", caveats=CAVEATS)
     refuse_broken_promises(figures)
+
+
+def own_folder(settings: Settings) -> Settings:
+    """Return settings in a folder of the demo's own, with an empty lake: it is another log."""
+    run_dir = settings.run_dir / "demo"
+    lake_path = run_dir / "lake"
+    if lake_path.exists():
+        shutil.rmtree(lake_path)
+    return settings.model_copy(
+        update={
+            "run_dir": run_dir,
+            "lake": settings.lake.model_copy(update={"path": lake_path}),
+            "models": run_dir / "models",
+        }
+    )
 
 
 CAVEATS: Final = {
@@ -320,7 +349,8 @@ def closing_table(figures: Mapping[str, object]) -> Table:
     """Return the figures that matter as a table."""
     table = Table("what", "figure", title="Moveline on this machine", title_justify="left")
     for name, value in figures.items():
-        table.add_row(name, f"{value:,}" if isinstance(value, int | float) else str(value))
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        table.add_row(name, f"{value:,}" if is_number else str(value))
     return table
 
 

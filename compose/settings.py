@@ -62,9 +62,9 @@ class TritonSettings(_Section):
 
 
 class LakeSettings(_Section):
-    """The event log on disk."""
+    """The event log on disk; in the run folder unless given."""
 
-    path: Path = RUN_DIR / "lake"
+    path: Path = Path("lake")
     flush_s: float = Field(default=2.0, gt=0)
 
 
@@ -104,7 +104,7 @@ class Settings(BaseSettings):
     worker: WorkerSettings = Field(default_factory=WorkerSettings)
     state: StateSettings = Field(default_factory=StateSettings)
     model_repository: Path = Path("model_repo")
-    models: Path = RUN_DIR / "models"
+    models: Path = Path("models")
     run_dir: Path = RUN_DIR
     config: Path = CONFIG_FILE
     generation: Annotated[str, StringConstraints(pattern=r"^g?[1-9][0-9]*$")] = "g1"
@@ -129,6 +129,14 @@ class Settings(BaseSettings):
             TomlConfigSettingsSource(settings_cls, config),
             TomlConfigSettingsSource(settings_cls, run_dir / ADDRESSES_FILE),
         )
+
+    def model_post_init(self, context: object, /) -> None:
+        """Put what was not given a place of its own into the run folder."""
+        super().model_post_init(context)
+        if "path" not in self.lake.model_fields_set:
+            self.lake = self.lake.model_copy(update={"path": self.run_dir / "lake"})
+        if "models" not in self.model_fields_set:
+            self.models = self.run_dir / "models"
 
     @property
     def generation_number(self) -> int:

@@ -24,6 +24,8 @@ ID_MAX: Final = 2**63 - 1
 # 9999-12-31: beyond it datetime, Parquet readers and people disagree about the meaning.
 TIME_MS_MAX: Final = 253_402_300_799_999
 DWELL_MS_MAX: Final = 2**31 - 1
+# Kept as float32; what does not fit could be neither packed nor written to the lake.
+VALUE_MAX: Final = float.fromhex("0x1.fffffep+127")
 
 CONTENT_TYPE_HEADER: Final = "content-type"
 JSON_TYPE: Final = b"application/json"
@@ -106,6 +108,11 @@ def judge_ranges(event: Event, key: bytes | None) -> None:
     if event.dwell_ms is not None and not 0 <= event.dwell_ms <= DWELL_MS_MAX:
         raise InvalidEventError(
             Reason.WRONG_TYPE, f"dwell_ms={event.dwell_ms}, allowed 0..{DWELL_MS_MAX}"
+        )
+    # Not a comparison of the value itself: NaN, which MessagePack can carry, must fail it too.
+    if event.value is not None and not abs(event.value) <= VALUE_MAX:
+        raise InvalidEventError(
+            Reason.WRONG_TYPE, f"value={event.value}, finite and at most {VALUE_MAX} are taken"
         )
 
 

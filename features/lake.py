@@ -215,7 +215,8 @@ def keep_first(
     order = np.lexsort((hashes, users))
     same = (users[order][1:] == users[order][:-1]) & (hashes[order][1:] == hashes[order][:-1])
     for user in np.unique(users[order][1:][same]):
-        start, end = np.searchsorted(users, [user, user + 1])
+        # Not `user + 1`: the largest id has no successor in 64 bits.
+        start, end = np.searchsorted(users, user, "left"), np.searchsorted(users, user, "right")
         last_ordinal: dict[int, int] = {}
         ordinal = 0
         for i in range(start, end):

@@ -46,7 +46,7 @@ def _mapped_errors(doing: str) -> Iterator[None]:
         yield
     except (RedisConnectionError, RedisTimeoutError) as error:
         raise StoreUnavailableError(
-            f"Redis did not answer while {doing}: {error}. "
+            f"Redis did not answer while {doing} ({str(error).rstrip('.')}). "
             "Check `moveline status` and the redis.url setting."
         ) from error
     except OutOfMemoryError as error:

@@ -120,11 +120,11 @@ class StreamBatch(NamedTuple):
         newest_ms_B: time of the newest event seen, int64 [B]; -1 without one.
     """
 
-    recent_BR: np.ndarray[tuple[int, int], np.dtype[np.void]]  # noqa: N815 - shape suffix
-    mid_BM: np.ndarray[tuple[int, int], np.dtype[np.void]]  # noqa: N815 - shape suffix
-    clock_ms_B: np.ndarray[tuple[int], np.dtype[np.int64]]  # noqa: N815 - shape suffix
-    ordinal_B: np.ndarray[tuple[int], np.dtype[np.int64]]  # noqa: N815 - shape suffix
-    newest_ms_B: np.ndarray[tuple[int], np.dtype[np.int64]]  # noqa: N815 - shape suffix
+    recent_BR: np.ndarray[tuple[int, int], np.dtype[np.void]]
+    mid_BM: np.ndarray[tuple[int, int], np.dtype[np.void]]
+    clock_ms_B: np.ndarray[tuple[int], np.dtype[np.int64]]
+    ordinal_B: np.ndarray[tuple[int], np.dtype[np.int64]]
+    newest_ms_B: np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
 def batch_streams(states: Sequence[UserState], now_ms: int, config: StateConfig) -> StreamBatch:

@@ -18,6 +18,7 @@ from streams.kafka import (
     KafkaConfig,
     KafkaException,
     TopicPartition,
+    as_stream_error,
     make_consumer,
     make_producer,
 )
@@ -44,18 +45,21 @@ LAG_INTERVAL_S: Final = 2.0
 DEAD_LETTER_TIMEOUT_S: Final = 30.0
 
 
+def group_of(generation: int) -> str:
+    """Return the consumer group that keeps a generation up to date."""
+    return f"moveline-g{generation}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class WorkerConfig:
     """How a worker consumes.
 
     Attributes:
-        group: consumer group; one per generation.
         instance: static member id, unique per worker and stable across its restarts.
         batch_max: records per micro-batch at most.
         batch_wait_s: how long a micro-batch may wait to fill: the floor of freshness.
     """
 
-    group: str = "moveline-g1"
     instance: str | None = None
     batch_max: int = 10_000
     batch_wait_s: float = 0.01
@@ -85,19 +89,22 @@ class Worker:
         self.store.claim_generation()
         self._restore_pointers()
         run = _Run(self, Processor(self.store, self.store.config), make_producer(self.kafka))
-        consumer = make_consumer(self.kafka, group=self.config.group, instance=self.config.instance)
+        group = group_of(self.store.generation)
+        consumer = make_consumer(self.kafka, group=group, instance=self.config.instance)
         topics = [self.topics.events, self.topics.items]
         consumer.subscribe(
             topics, on_assign=run.on_assign, on_revoke=run.on_revoke, on_lost=run.on_lost
         )
-        log.info("consuming %s as group %s", topics, self.config.group)
+        log.info("consuming %s as group %s", topics, group)
         try:
             while not stop.is_set():
                 run.turn(consumer, stop)
             run.commit(consumer)
+        except KafkaException as error:
+            raise as_stream_error(error, self.kafka) from error
         finally:
             consumer.close()
-            log.info("left group %s", self.config.group)
+            log.info("left group %s", group)
 
     def _restore_pointers(self) -> None:
         """Make Redis agree with the control topic: a restored Redis may hold older pointers."""
@@ -108,12 +115,20 @@ class Worker:
 
 @dataclass
 class _Run:
-    """What changes while a worker runs."""
+    """What changes while a worker runs.
+
+    Attributes:
+        owned: partitions that the group has given to this worker.
+        done: of those, the offsets after the last record in Redis that Kafka has not been told.
+        backlog: records that a rebalance delivered while the worker was paused.
+    """
 
     worker: Worker
     processor: Processor
     producer: Producer
+    owned: set[tuple[str, int]] = field(default_factory=set)
     done: dict[tuple[str, int], int] = field(default_factory=dict)
+    backlog: list[Message] = field(default_factory=list)
     committed_at: float = field(default_factory=time.monotonic)
     lag_at: float = 0.0
     domains: set[int] = field(default_factory=set)
@@ -121,8 +136,9 @@ class _Run:
     def turn(self, consumer: Consumer, stop: StopEvent) -> None:
         """Take one micro-batch through every effect, or wait for one."""
         config = self.worker.config
+        waiting, self.backlog = self.backlog, []
         messages = consumer.consume(config.batch_max, config.batch_wait_s)
-        records, items = self._split(messages)
+        records, items = self._split([*waiting, *messages])
         if records or items:
             self._apply_when_possible(consumer, records, items, stop)
         now = time.monotonic()
@@ -163,10 +179,13 @@ class _Run:
                 if not paused:
                     log.warning("paused: %s", error)
                     self.worker.metrics.pauses.inc()
-                    consumer.pause(consumer.assignment())
                     paused = True
-                # Polling keeps the group membership; paused partitions hand out nothing.
-                consumer.poll(RETRY_S)
+                # Every time: a rebalance may have brought partitions that are not paused yet.
+                consumer.pause(consumer.assignment())
+                # Polling keeps the group membership; what such a partition hands out is kept.
+                message = consumer.poll(RETRY_S)
+                if message is not None:
+                    self.backlog.append(message)
             else:
                 break
         if paused:
@@ -177,21 +196,27 @@ class _Run:
         batch = sort_records(records, self.worker.store.config)
         report = self.processor.apply(batch.by_user)
         acknowledged_ms = now_ms()
-        self.worker.catalogue.put_domains(self._new_domains(batch))
+        self._put_new_domains(batch)
         self._apply_items(items)
         self._send_dead_letters(batch)
         for record in records:
-            self.done[self.worker.topics.events, record.partition] = record.offset + 1
+            self._note_done(self.worker.topics.events, record.partition, record.offset)
         for message in items:
             at: tuple[Any, Any] = message.partition(), message.offset()
-            self.done[self.worker.topics.items, at[0]] = at[1] + 1
+            self._note_done(self.worker.topics.items, *at)
         self._count(batch, report.num_applied, acknowledged_ms)
         self.worker.metrics.add(report)
 
-    def _new_domains(self, batch: MicroBatch) -> dict[int, str]:
+    def _note_done(self, topic: str, partition: int, offset: int) -> None:
+        """Have the next commit carry the record, unless its partition is somebody else's now."""
+        if (topic, partition) in self.owned:
+            self.done[topic, partition] = offset + 1
+
+    def _put_new_domains(self, batch: MicroBatch) -> None:
         new = {code: text for code, text in batch.domains.items() if code not in self.domains}
+        self.worker.catalogue.put_domains(new)
+        # Only now: a write that failed has to be tried again.
         self.domains |= new.keys()
-        return new
 
     def _apply_items(self, messages: list[Message]) -> None:
         items: list[Item] = []
@@ -237,13 +262,23 @@ class _Run:
             metrics.freshness.observe(max(0, acknowledged_ms - oldest) / 1000)
 
     def commit(self, consumer: Consumer) -> None:
-        """Tell Kafka what is in Redis. A crash before this replays what Redis then skips."""
+        """Tell Kafka what is in Redis. A crash before this replays what Redis then skips.
+
+        A commit that the group refuses in the middle of a rebalance is made up for by the next
+        one, or by whoever gets the partition: it skips what the rows' positions say is in.
+        """
         self.committed_at = time.monotonic()
         if not self.done:
             return
         offsets = [TopicPartition(topic, p, offset) for (topic, p), offset in self.done.items()]
+        try:
+            consumer.commit(offsets=offsets, asynchronous=False)
+        except KafkaException as error:
+            if error.args[0].fatal():
+                raise
+            log.warning("offsets not committed: %s", error)
+            return
         self.done = {}
-        consumer.commit(offsets=offsets, asynchronous=False)
 
     def _measure_lag(self, consumer: Consumer) -> None:
         self.lag_at = time.monotonic()
@@ -256,19 +291,24 @@ class _Run:
 
     def on_assign(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Log the assignment; states are read again when their users appear."""
+        self.owned |= {(p.topic, p.partition) for p in partitions}
         log.info("assigned %s", [f"{p.topic}[{p.partition}]" for p in partitions])
 
     def on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Commit what is done before the partitions go; the next owner starts right there."""
         log.info("revoked %s", [f"{p.topic}[{p.partition}]" for p in partitions])
         self.commit(consumer)
-        self.processor.cache.clear()
+        self._give_up(partitions)
 
     def on_lost(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Forget what was done on partitions that are no longer ours; committing is not ours."""
         log.warning("lost %s", [f"{p.topic}[{p.partition}]" for p in partitions])
-        for lost in partitions:
-            self.done.pop((lost.topic, lost.partition), None)
+        self._give_up(partitions)
+
+    def _give_up(self, partitions: list[TopicPartition]) -> None:
+        for gone in partitions:
+            self.owned.discard((gone.topic, gone.partition))
+            self.done.pop((gone.topic, gone.partition), None)
         self.processor.cache.clear()
 
 

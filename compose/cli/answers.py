@@ -72,11 +72,11 @@ def _position(raw: str | None) -> tuple[int, int] | None:
     return int(partition), int(offset)
 
 
-def item_label(item: Item | None) -> str:
-    """Return an item's name and its widest category, as people know it."""
+def item_label(item: Item | None) -> tuple[str, str]:
+    """Return an item's name and its widest category, as people know them."""
     if item is None:
-        return "(not in the catalogue)"
-    return item.name + (f" [dim]{item.categories[0]}[/dim]" if item.categories else "")
+        return "(not in the catalogue)", ""
+    return item.name, item.categories[0] if item.categories else ""
 
 
 def answer_table(answer: Answer, catalogue: CatalogueStore) -> Table:
@@ -89,7 +89,7 @@ def answer_table(answer: Answer, catalogue: CatalogueStore) -> Table:
         caption=(
             f"model version {source.model_version or '-'} | generation g{source.generation} | "
             f"{source.ordinal} events seen, the newest {age} old | recent {recent}, mid {mid}, "
-            f"lifelong {lifelong} | {source.degraded.name or 'full answer'}"
+            f"lifelong {lifelong} | {source.degraded.name if source.degraded else 'full answer'}"
         ),
         title_justify="left",
         caption_justify="left",
@@ -97,10 +97,11 @@ def answer_table(answer: Answer, catalogue: CatalogueStore) -> Table:
     table.add_column("#", justify="right")
     table.add_column("item", justify="right")
     table.add_column("name")
+    table.add_column("category")
     table.add_column("score", justify="right")
     items = catalogue.get_items([one.item_id for one in answer.items])
     for place, (one, item) in enumerate(zip(answer.items, items, strict=True), start=1):
-        table.add_row(str(place), str(one.item_id), item_label(item), f"{one.score:.3f}")
+        table.add_row(str(place), str(one.item_id), *item_label(item), f"{one.score:.3f}")
     return table
 
 
@@ -198,7 +199,7 @@ def _stream_table(records: Records, catalogue: CatalogueStore, actions: tuple[st
             _time(int(record["event_time_ms"])),
             actions[int(record["action"])],
             str(record["item_id"]),
-            item_label(item),
+            item_label(item)[0],
             domains.get(int(record["domain"]), ""),
         )
     return table

@@ -85,7 +85,9 @@ def remember(settings: Settings, addresses: Addresses) -> Settings:
     """
     from compose.local.ports import free_ports
 
-    metrics_port = free_ports(1)[0]
+    # A second `up` of a running stack must not move the port of its running worker.
+    known = settings.kafka.bootstrap == addresses.kafka
+    metrics_port = settings.worker.metrics_port if known else free_ports(1)[0]
     settings.run_dir.mkdir(parents=True, exist_ok=True)
     (settings.run_dir / ADDRESSES_FILE).write_text(
         "# Written by `moveline up`, removed by `moveline down`.\n"

@@ -6,9 +6,7 @@ from features.config import StateConfig
 from features.state import Accepted, Position
 
 # Small streams, so that a few dozen events reach every branch of the state machine.
-SMALL = StateConfig(
-    recent=4, mid=6, chunk=3, dedup_window=5, session_gap_ms=10, session_max_ms=40
-)
+SMALL = StateConfig(recent=4, mid=6, chunk=3, dedup_window=5, session_gap_ms=10, session_max_ms=40)
 
 
 @st.composite

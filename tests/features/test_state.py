@@ -124,7 +124,7 @@ def test_the_end_of_a_row_holds_the_newest_records(events: list[Accepted], newes
 def test_an_event_from_another_partition_is_refused() -> None:
     event = Accepted(Position(0, 1, 5), 0, 1, 1, 0, 9, -1, 0.0, 1)
     state = step(EMPTY_STATE, [event], SMALL).state
-    with pytest.raises(PartitionMovedError, match="partition 1.*partition 3"):
+    with pytest.raises(PartitionMovedError, match=r"partition 1.*partition 3"):
         step(state, [event._replace(position=Position(0, 3, 9))], SMALL)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import triton_python_backend_utils as pb_utils
+from torch.utils.dlpack import from_dlpack
 
 from features.clock import now_ms
 from features.redis import connect
@@ -27,12 +28,12 @@ _REDIS_TIMEOUT_S = 0.25
 
 def read(request: Any, name: str) -> torch.Tensor:  # noqa: ANN401 - Triton's objects are untyped
     """Return an input tensor without a copy."""
-    return torch.from_dlpack(pb_utils.get_input_tensor_by_name(request, name).to_dlpack())
+    return from_dlpack(pb_utils.get_input_tensor_by_name(request, name).to_dlpack())
 
 
 def output(name: str, tensor: torch.Tensor) -> Any:  # noqa: ANN401 - Triton's objects are untyped
     """Return an output (or nested input) tensor without a copy."""
-    return pb_utils.Tensor.from_dlpack(name, torch.to_dlpack(tensor.contiguous()))
+    return pb_utils.Tensor.from_dlpack(name, tensor.contiguous().__dlpack__())
 
 
 def retrieve(
@@ -52,7 +53,7 @@ def retrieve(
     if response.has_error():
         raise RetrievalError(response.error().message())
     outputs = {
-        name: torch.from_dlpack(pb_utils.get_output_tensor_by_name(response, name).to_dlpack())
+        name: from_dlpack(pb_utils.get_output_tensor_by_name(response, name).to_dlpack())
         for name in ("item_id", "score", "contribution")
     }
     return Retrieved(

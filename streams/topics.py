@@ -1,0 +1,154 @@
+"""The one table of topics: names, partition counts, and the settings each must have."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from streams.errors import TopicMismatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+DEFAULT_PREFIX: Final = "moveline"
+# Enough for four workers; a key's partition depends on the count, so it is chosen once.
+DEFAULT_PARTITIONS: Final = 4
+# Kafka refuses names of 250 characters and more; the longest suffix of ours has 13.
+PREFIX_CHARS_MAX: Final = 200
+_PREFIX: Final = re.compile(r"^[A-Za-z0-9._-]+$")
+
+TIMESTAMP_TYPE: Final = "message.timestamp.type"
+CLEANUP_POLICY: Final = "cleanup.policy"
+RETENTION_MS: Final = "retention.ms"
+
+# The log is the ground truth: it is kept until an operator says otherwise. LogAppendTime, because
+# with the producer's time brokers refuse records dated ahead and retention eats backfills.
+_LOG: Final = {TIMESTAMP_TYPE: "LogAppendTime", CLEANUP_POLICY: "delete", RETENTION_MS: "-1"}
+_TABLE: Final = {CLEANUP_POLICY: "compact"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopicSpec:
+    """A topic as it must be.
+
+    Attributes:
+        settings: what the topic is created with; `required` names those checked afterwards.
+    """
+
+    name: str
+    num_partitions: int
+    replication: int = 1
+    settings: Mapping[str, str] = field(default_factory=dict)
+    required: tuple[str, ...] = (TIMESTAMP_TYPE, CLEANUP_POLICY)
+
+
+@dataclass(frozen=True)
+class Topics:
+    """The topics of one installation; two prefixes can share a cluster."""
+
+    prefix: str = DEFAULT_PREFIX
+
+    def __post_init__(self) -> None:
+        """Refuse a prefix Kafka would refuse later, topic by topic."""
+        if not _PREFIX.match(self.prefix) or len(self.prefix) > PREFIX_CHARS_MAX:
+            raise ValueError(
+                f"topic prefix {self.prefix!r}: 1 to {PREFIX_CHARS_MAX} of A-Z a-z 0-9 . _ -"
+            )
+
+    @property
+    def events(self) -> str:
+        """What users did, keyed by decimal user_id."""
+        return f"{self.prefix}.events"
+
+    @property
+    def items(self) -> str:
+        """The catalogue, keyed by decimal item_id, newest entry wins."""
+        return f"{self.prefix}.items"
+
+    @property
+    def dead_letters(self) -> str:
+        """Events no worker could take: original bytes and key, the reason in headers."""
+        return f"{self.prefix}.dead-letters"
+
+    @property
+    def control(self) -> str:
+        """Pointers (generation, model), newest entry wins."""
+        return f"{self.prefix}.control"
+
+    def specs(
+        self, partitions: int = DEFAULT_PARTITIONS, replication: int = 1
+    ) -> tuple[TopicSpec, ...]:
+        """Return every topic; `partitions` is that of events, the others have one."""
+        return (
+            TopicSpec(
+                name=self.events,
+                num_partitions=partitions,
+                replication=replication,
+                settings=_LOG,
+            ),
+            TopicSpec(
+                name=self.items,
+                num_partitions=1,
+                replication=replication,
+                settings=_TABLE,
+                required=(CLEANUP_POLICY,),
+            ),
+            TopicSpec(
+                name=self.dead_letters, num_partitions=1, replication=replication, settings=_LOG
+            ),
+            TopicSpec(
+                name=self.control,
+                num_partitions=1,
+                replication=replication,
+                settings=_TABLE,
+                required=(CLEANUP_POLICY,),
+            ),
+        )
+
+
+def check_topic(
+    spec: TopicSpec, *, num_partitions: int, settings: Mapping[str, str], bootstrap: str
+) -> None:
+    """Raise unless an existing topic is what the spec asks for.
+
+    Args:
+        spec: what it must be.
+        num_partitions: what it has.
+        settings: what the broker lists; one that it does not list cannot be checked.
+        bootstrap: for the command in the message.
+
+    Raises:
+        TopicMismatchError: naming the setting, what was found, and the way out.
+    """
+    if num_partitions != spec.num_partitions:
+        raise TopicMismatchError(
+            spec.name,
+            setting="partitions",
+            found=str(num_partitions),
+            expected=str(spec.num_partitions),
+            next_step=(
+                "A user's partition depends on the count, so it cannot be changed in place: set "
+                f"the number of partitions to {num_partitions}, or use another topic prefix."
+            ),
+        )
+    for name in spec.required:
+        found = settings.get(name, spec.settings[name])
+        if found != spec.settings[name]:
+            raise TopicMismatchError(
+                spec.name,
+                setting=name,
+                found=found,
+                expected=spec.settings[name],
+                next_step=_alter_step(spec, name, bootstrap),
+            )
+
+
+def _alter_step(spec: TopicSpec, name: str, bootstrap: str) -> str:
+    command = (
+        f"kafka-configs.sh --bootstrap-server {bootstrap} --alter --entity-type topics "
+        f"--entity-name {spec.name} --add-config {name}={spec.settings[name]}"
+    )
+    if name == TIMESTAMP_TYPE:
+        return f"Use another topic prefix, or, before its first record: {command}"
+    return f"Change it with: {command}"

@@ -1,0 +1,126 @@
+"""Real servers shared by a whole test run, and a fresh corner of them for every test.
+
+An area that needs servers of its own (streams, feast, local_stack) has fixtures of its own, which
+then hide those of the same name here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import settings
+
+from features.config import StateConfig
+from features.redis import CatalogueStore, StateStore, connect
+from scoring.signature import RECOMMEND_MODEL
+from scoring.triton import TritonServer
+from streams.kafka import KafkaConfig, ensure_topics
+from streams.topics import Topics
+from tests.servers import local_stack
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import redis
+
+    from compose.local.stack import LocalStack
+
+REPOSITORY = Path(__file__).parents[1]
+NUM_PARTITIONS = 3
+# Small streams: a few dozen events of a user reach chunks, departures and the duplicate window.
+SMALL = StateConfig(recent=8, mid=24, chunk=6, dedup_window=16)
+# A consumer group is named after its generation, and one that was killed in a test lives on in
+# the broker for a while: no two tests share a number.
+_GENERATIONS = itertools.count(1)
+
+settings.register_profile("laptop", deadline=None)
+settings.register_profile("ci", deadline=None, max_examples=30, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI", "").lower() in {"1", "true"} else "laptop")
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
+    """Kafka and Redis; with KAFKA_HOME that Apache Kafka, else the embedded broker."""
+    home = os.environ.get("KAFKA_HOME")
+    with local_stack(
+        {"kafka", "redis"},
+        run_dir=tmp_path_factory.mktemp("stack"),
+        kafka_home=Path(home) if home else None,
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def triton_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
+    """Kafka, Redis and a Triton in which `recommend` is loaded; its repository is a copy."""
+    run_dir = tmp_path_factory.mktemp("triton")
+    shutil.copytree(
+        REPOSITORY / "model_repo",
+        run_dir / "model_repo",
+        # Versions of `gems` that somebody published here are no part of the test.
+        ignore=lambda folder, names: [
+            name for name in names if name.isdecimal() and Path(folder).name != RECOMMEND_MODEL
+        ],
+    )
+    with local_stack(
+        run_dir=run_dir,
+        model_repository=run_dir / "model_repo",
+        triton_environment={"MOVELINE_REDIS__URL": "{redis}"},
+    ) as running:
+        with TritonServer(running.addresses.triton_grpc) as server:
+            server.load(RECOMMEND_MODEL)
+        yield running
+
+
+@pytest.fixture(scope="session")
+def model_repository(triton_stack: LocalStack, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that `triton_stack` serves."""
+    del triton_stack
+    return next(tmp_path_factory.getbasetemp().glob("triton*/model_repo"))
+
+
+@pytest.fixture
+def kafka(stack: LocalStack) -> KafkaConfig:
+    """The broker as the code under test takes it."""
+    return KafkaConfig(stack.addresses.kafka)
+
+
+@pytest.fixture
+def topics(kafka: KafkaConfig) -> Topics:
+    """Topics nobody else uses, created as an installation has them."""
+    fresh = Topics(f"t{uuid.uuid4().hex[:12]}")
+    ensure_topics(kafka, fresh.specs(NUM_PARTITIONS))
+    return fresh
+
+
+@pytest.fixture
+def redis_client(stack: LocalStack) -> Iterator[redis.Redis]:
+    """An empty Redis."""
+    client = connect(stack.addresses.redis)
+    client.flushall()
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def generation() -> int:
+    """A generation no other test has used."""
+    return next(_GENERATIONS)
+
+
+@pytest.fixture
+def store(redis_client: redis.Redis, generation: int) -> StateStore:
+    """State of a new generation under small rules."""
+    return StateStore(redis_client, generation, SMALL)
+
+
+@pytest.fixture
+def catalogue(redis_client: redis.Redis) -> CatalogueStore:
+    """The catalogue in the same Redis."""
+    return CatalogueStore(redis_client)

@@ -1,0 +1,111 @@
+"""The one path through everything: the README's demo, smaller, as a user would run it.
+
+Method: run the command in a folder of its own, read the figures off its last line, and look for
+processes it may have left behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from compose.local.state import read_state
+from features import lake
+from tests.waiting import until
+
+ROOT = Path(__file__).resolve().parents[2]
+FIGURES = {
+    "events",
+    "events_per_s",
+    "freshness_p50_ms",
+    "freshness_p99_ms",
+    "request_p50_ms",
+    "request_p99_ms",
+    "hr10_model",
+    "hr10_popularity",
+    "hr10_own_frequency",
+    "ndcg10_model",
+    "ndcg10_popularity",
+    "ndcg10_own_frequency",
+    "changed_by_click",
+    "identical_without_event",
+    "seconds_total",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with the models a fresh checkout serves, and none that was trained here."""
+    ignore = shutil.ignore_patterns("__pycache__", ".staging")
+    shutil.copytree(ROOT / "model_repo", tmp_path / "model_repo", ignore=ignore)
+    for version in (tmp_path / "model_repo" / "gems").glob("[0-9]*"):
+        shutil.rmtree(version)
+    return tmp_path
+
+
+def demo(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "MOVELINE_RUN_DIR": str(folder / "run")}
+    environment.pop("KAFKA_HOME", None)
+    return subprocess.Popen(
+        [str(Path(sys.executable).with_name("moveline")), "demo", *arguments],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=(folder / "demo.log").open("w"),
+        text=True,
+    )
+
+
+def nothing_runs(folder: Path) -> bool:
+    state = read_state(folder / "run" / "demo")
+    return state is None or not any(
+        Path(f"/proc/{process.pid}/cmdline").exists()
+        and str(folder) in Path(f"/proc/{process.pid}/cmdline").read_text(encoding="utf-8")
+        for process in state.processes
+    )
+
+
+@pytest.mark.timeout(600)
+def test_clicks_become_recommendations(folder: Path) -> None:
+    process = demo(folder, "--lines", "60000", "--budget", "20")
+    answer, _ = process.communicate(timeout=580)
+    log = (folder / "demo.log").read_text(encoding="utf-8")
+    assert process.returncode == 0, log[-3000:]
+    line = json.loads(answer.splitlines()[-1])
+    assert line["name"] == "demo"
+    figures = line["figures"]
+    assert set(figures) >= FIGURES
+    assert figures["events"] >= 60_000
+    assert figures["changed_by_click"] is True
+    assert figures["identical_without_event"] is True
+    assert figures["hr10_model"] > figures["hr10_popularity"] > 0
+    assert nothing_runs(folder)
+
+
+@pytest.mark.timeout(200)
+def test_ctrl_c_leaves_nothing_running_and_data_readable(folder: Path) -> None:
+    process = demo(folder, "--lines", "60000", "--budget", "60")
+    root = folder / "run" / "demo" / "lake"
+
+    def lake_has_files() -> bool:
+        return bool(list(root.glob("*/partition=*/*.parquet"))) or process.poll() is not None
+
+    try:
+        until(lake_has_files, timeout_s=150)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    assert process.returncode == 130, (folder / "demo.log").read_text(encoding="utf-8")[-3000:]
+    assert nothing_runs(folder)
+    held = sum(table.num_rows for _, table in lake.read_events(root, "moveline.events"))
+    assert held > 0

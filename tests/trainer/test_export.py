@@ -1,0 +1,168 @@
+"""The package answers as the model does, without the project, without a pickle."""
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from trainer.dataset import LabelGroups
+from trainer.errors import ExportError
+from trainer.export import (
+    ITEM_IDS_FILE,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    Provenance,
+    example_inputs,
+    export,
+    pickles_in,
+    verify,
+)
+from trainer.models.serving import K_MAX, PADDING, GemsServing
+from trainer.train import Trained
+
+PROVENANCE = Provenance(
+    name="gems",
+    created_ms=1_700_000_000_000,
+    window_from={"0": 0, "1": 0},
+    window_to={"0": 120, "1": 99},
+    feature_schema_hash="f" * 64,
+    metrics={"hr10_model": 0.5},
+)
+# Loads a package with torch alone and answers the tensors it finds beside it.
+FOREIGN = """
+import sys, torch
+model = torch.export.load(sys.argv[1]).module()
+assert not [name for name in sys.modules if name.split(".")[0] == "trainer"]
+inputs = torch.load(sys.argv[2], weights_only=True)
+torch.save(model(*inputs), sys.argv[3])
+"""
+
+
+@pytest.fixture(scope="module")
+def directory(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("staging") / "1"
+    export(trained, path, PROVENANCE)
+    return path
+
+
+def _raw_inputs(trained: Trained, groups: LabelGroups) -> tuple[Tensor, ...]:
+    """The served form of real histories: raw ids, ages, hashes."""
+    log, source = trained.source.log, trained.source
+    rows, known = source.history_rows(groups)
+    columns = (
+        np.where(known, log.item_id_N[rows], PADDING),
+        np.where(known, groups.time_ms_G[:, None] - log.event_time_ms_N[rows], 0),
+        log.domain_N[rows],
+        log.action_N[rows],
+        log.dwell_ms_N[rows],
+    )
+    mid = [torch.from_numpy(column[:, : source.num_mid].copy()) for column in columns]
+    recent = [torch.from_numpy(column[:, source.num_mid :].copy()) for column in columns]
+    serving = GemsServing(trained.model, trained.vocabulary)
+    rest = example_inputs(serving, batch=len(groups))[10:]
+    return (*recent, *mid, *rest)
+
+
+def _groups(trained: Trained, count: int) -> LabelGroups:
+    return trained.groups.select(np.linspace(0, len(trained.groups) - 1, count).astype(np.int64))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_package_equals_eager(directory: Path, trained: Trained, batch: int) -> None:
+    inputs = _raw_inputs(trained, _groups(trained, batch))
+    loaded = torch.export.load(directory / MODEL_FILE).module()
+    with torch.no_grad():
+        expected = GemsServing(trained.model, trained.vocabulary).eval()(*inputs)
+        actual = loaded(*inputs)
+    assert torch.equal(actual[0], expected[0])
+    for got, wanted in zip(actual[1:], expected[1:], strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
+
+
+def test_a_process_without_the_project_can_run_it(
+    directory: Path, trained: Trained, tmp_path: Path
+) -> None:
+    inputs = _raw_inputs(trained, _groups(trained, 3))
+    torch.save(inputs, tmp_path / "inputs")
+    arguments = (str(directory / MODEL_FILE), str(tmp_path / "inputs"), str(tmp_path / "outputs"))
+    subprocess.run([sys.executable, "-I", "-c", FOREIGN, *arguments], check=True, cwd=tmp_path)
+    item_id, score, contribution = torch.load(tmp_path / "outputs", weights_only=True)
+    assert item_id.shape == score.shape == (3, K_MAX)
+    assert contribution.shape == (3, 3)
+    known = set(trained.vocabulary.item_ids_V.tolist())
+    assert set(item_id.flatten().tolist()) <= known | {PADDING}
+
+
+def test_withdrawn_and_excluded_items_stay_away(directory: Path, trained: Trained) -> None:
+    inputs = list(_raw_inputs(trained, _groups(trained, 2)))
+    ids = trained.vocabulary.item_ids_V
+    available = torch.from_numpy(np.arange(len(ids)) % 2 == 0)
+    inputs[-1] = available
+    inputs[-2][0, :3] = torch.from_numpy(ids[[0, 2, 4]])
+    loaded = torch.export.load(directory / MODEL_FILE).module()
+    item_id, score, _ = loaded(*inputs)
+    withdrawn = set(ids[1::2].tolist())
+    first, second = (set(row.tolist()) - {PADDING} for row in item_id)
+    assert first == set(ids[::2].tolist()) - set(ids[[0, 2, 4]].tolist())
+    assert second == set(ids[::2].tolist())
+    assert not withdrawn & (first | second)
+    assert torch.isneginf(score[item_id == PADDING]).all()
+
+
+def test_no_pickle_inside(directory: Path) -> None:
+    assert pickles_in(directory / MODEL_FILE) == []
+    with zipfile.ZipFile(directory / MODEL_FILE) as archive:
+        names = archive.namelist()
+        assert not [name for name in names if name.endswith((".pkl", ".pickle"))]
+        assert archive.read(next(n for n in names if n.endswith("sample_inputs/model.pt"))) == b""
+        weights = [n for n in names if "/weights/weight_" in n]
+        config = json.loads(
+            archive.read(next(n for n in names if n.endswith("model_weights_config.json")))
+        )
+    assert len(weights) > 10
+    assert not any(entry["use_pickle"] for entry in config["config"].values())
+
+
+def test_a_planted_pickle_is_found(tmp_path: Path) -> None:
+    torch.save({"x": torch.zeros(1)}, tmp_path / "inner")
+    with zipfile.ZipFile(tmp_path / "outer", "w") as archive:
+        archive.write(tmp_path / "inner", "m/data/sample_inputs/model.pt")
+        archive.writestr("m/data/weights/weight_0", b"\x80\x02 raw numbers may begin like this")
+        archive.writestr("m/extra", b"\x80\x04\x95")
+    assert pickles_in(tmp_path / "outer") == ["m/data/sample_inputs/model.pt", "m/extra"]
+
+
+def test_manifest_says_what_was_exported(directory: Path, trained: Trained) -> None:
+    manifest = verify(directory)
+    ids = np.frombuffer((directory / ITEM_IDS_FILE).read_bytes(), "<i8")
+    assert ids.tolist() == trained.vocabulary.item_ids_V.tolist()
+    assert manifest["num_items"] == len(ids)
+    assert manifest["window_to"] == {"0": 120, "1": 99}
+    assert manifest["feature_schema_hash"] == "f" * 64
+    assert manifest["config"]["seed"] == trained.config.seed
+    assert manifest["torch_version"] == torch.__version__
+    assert manifest["inputs"][0] == {
+        "name": "recent_item",
+        "dtype": "int64",
+        "shape": [8],
+        "batched": True,
+    }
+
+
+def test_a_changed_file_is_noticed(directory: Path, tmp_path: Path) -> None:
+    for name in (MODEL_FILE, ITEM_IDS_FILE, MANIFEST_FILE):
+        (tmp_path / name).write_bytes((directory / name).read_bytes())
+    (tmp_path / ITEM_IDS_FILE).write_bytes(b"12345678")
+    with pytest.raises(ExportError, match=ITEM_IDS_FILE):
+        verify(tmp_path)
+
+
+def test_a_used_staging_directory_is_refused(directory: Path, trained: Trained) -> None:
+    with pytest.raises(ExportError, match="not empty"):
+        export(trained, directory, PROVENANCE)

@@ -1,0 +1,135 @@
+"""Label groups as training tensors, without a loop over events.
+
+Legend: B groups of a batch, R recent events, M mid-term events, T targets.
+Streams are padded at the front: the newest event is always last.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trainer.dataset import Bools, EventLog, Int64s, LabelGroups
+from trainer.vocabulary import UNKNOWN, Vocabulary
+
+# Stream lengths of a small machine: together the 512 newest events.
+NUM_RECENT = 64
+NUM_MID = 448
+# Targets drawn from one group; half of all baskets have fewer lines than that.
+NUM_TARGETS = 16
+
+
+class Stream(NamedTuple):
+    """One stream of B users, each tensor [B, events]; `mask` is True on real events."""
+
+    item: Tensor
+    age_ms: Tensor
+    domain: Tensor
+    action: Tensor
+    dwell_ms: Tensor
+    mask: Tensor
+
+
+class Batch(NamedTuple):
+    """Streams as known at each label, and the dense items that came (0 where none is left)."""
+
+    recent: Stream
+    mid: Stream
+    targets_BT: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSource:
+    """Cuts batches out of a log; the dense columns are computed once."""
+
+    log: EventLog
+    item_N: Int64s
+    domain_N: Int64s
+    num_recent: int
+    num_mid: int
+
+    @classmethod
+    def of(
+        cls,
+        log: EventLog,
+        vocabulary: Vocabulary,
+        *,
+        num_recent: int = NUM_RECENT,
+        num_mid: int = NUM_MID,
+    ) -> "BatchSource":
+        """Prepare the columns of a log for a vocabulary."""
+        return cls(
+            log=log,
+            item_N=vocabulary.index_items(log.item_id_N),
+            domain_N=vocabulary.index_domains(log.domain_N),
+            num_recent=num_recent,
+            num_mid=num_mid,
+        )
+
+    def history_rows(self, groups: LabelGroups) -> tuple[Int64s, Bools]:
+        """Rows known at each group [B, M + R], newest last, and which of them exist."""
+        width = self.num_recent + self.num_mid
+        slack = int(groups.num_late_G.max(initial=0))
+        rows = groups.first_row_G[:, None] + np.arange(-width - slack, 0)[None, :]
+        known = rows >= self.log.offsets[groups.user_G][:, None]
+        rows = np.maximum(rows, 0)
+        if slack:
+            known &= self.log.ordinal_N[rows] < groups.first_ordinal_G[:, None]
+            # A stable sort on the mask moves what is left out to the front, order kept.
+            order = np.argsort(known, axis=1, kind="stable")[:, -width:]
+            rows = np.take_along_axis(rows, order, axis=1)
+            known = np.take_along_axis(known, order, axis=1)
+        return rows, known
+
+    def streams(self, groups: LabelGroups) -> tuple[Stream, Stream]:
+        """The recent and the mid-term stream at each group, ages counted from its time."""
+        rows, known = self.history_rows(groups)
+        age = groups.time_ms_G[:, None] - self.log.event_time_ms_N[rows]
+        columns = (
+            np.where(known, self.item_N[rows], UNKNOWN),
+            np.where(known, age, 0),
+            np.where(known, self.domain_N[rows], UNKNOWN),
+            np.where(known, self.log.action_N[rows], 0),
+            np.where(known, self.log.dwell_ms_N[rows], 0),
+            known,
+        )
+        mid = Stream(*(_tensor(column[:, : self.num_mid]) for column in columns))
+        recent = Stream(*(_tensor(column[:, self.num_mid :]) for column in columns))
+        return recent, mid
+
+    def targets(self, groups: LabelGroups, *, num_targets: int, rng: np.random.Generator) -> Tensor:
+        """Up to T items of each group, drawn without replacement; unknown items are 0."""
+        longest = int(groups.num_rows_G.max())
+        lane = np.arange(longest)[None, :]
+        exists = lane < groups.num_rows_G[:, None]
+        rows = np.where(exists, groups.first_row_G[:, None] + lane, 0)
+        item = np.where(exists, self.item_N[rows], UNKNOWN)
+        draw = np.where(item != UNKNOWN, rng.random(item.shape), 2.0)
+        order = np.argsort(draw, axis=1)[:, :num_targets]
+        return _tensor(np.take_along_axis(item, order, axis=1))
+
+    def batch(self, groups: LabelGroups, *, num_targets: int, rng: np.random.Generator) -> Batch:
+        """Everything one training step needs."""
+        recent, mid = self.streams(groups)
+        return Batch(recent, mid, self.targets(groups, num_targets=num_targets, rng=rng))
+
+
+def shuffled(groups: LabelGroups, *, size: int, rng: np.random.Generator) -> Iterator[LabelGroups]:
+    """Visit every group once, in random order, `size` at a time; the last part may be smaller."""
+    order = rng.permutation(len(groups))
+    for begin in range(0, len(order), size):
+        yield groups.select(order[begin : begin + size])
+
+
+def in_order(groups: LabelGroups, *, size: int) -> Iterator[LabelGroups]:
+    """Visit every group once, as they come, `size` at a time."""
+    for begin in range(0, len(groups), size):
+        yield groups.select(np.arange(begin, min(begin + size, len(groups))))
+
+
+def _tensor(column: NDArray[np.int64] | NDArray[np.bool_]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(column))

@@ -1,0 +1,33 @@
+"""Every failure the trainer raises on purpose, under one root."""
+
+
+class TrainerError(Exception):
+    """Training, evaluation or export was given something it cannot use."""
+
+
+class EmptyWindowError(TrainerError, ValueError):
+    """A time window holds no events, or no labels, to learn from or to judge on."""
+
+
+class BadColumnsError(TrainerError, ValueError):
+    """The columns of an event log do not fit together."""
+
+
+class VocabularyError(TrainerError, ValueError):
+    """A vocabulary is empty, or too large for the semantic ids it should receive."""
+
+
+class DivergedError(TrainerError):
+    """The loss became infinite or not a number."""
+
+
+class ExportError(TrainerError):
+    """The exported package is not what the manifest promises."""
+
+
+class PublishError(TrainerError):
+    """A package did not become a served version; what was served before still is."""
+
+
+class ParityError(TrainerError):
+    """Triton and the package answer differently."""

@@ -1,0 +1,203 @@
+"""Export without pickle: a torch.export package, raw files, and a manifest that hashes them.
+
+Legend: B users, V items.
+"""
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+
+from trainer.errors import ExportError
+from trainer.models.serving import (
+    NUM_EXCLUDED,
+    PADDING,
+    GemsServing,
+    Tensors,
+    input_signature,
+    output_signature,
+)
+from trainer.train import Trained
+
+MANIFEST_FILE = "manifest.json"
+MODEL_FILE = "model.pt2"
+# The vocabulary: little-endian int64, ascending; `available` is indexed by place in it.
+ITEM_IDS_FILE = "item_ids.i64"
+MANIFEST_VERSION = 1
+# Requests that one call may carry; bounds the memory of a call.
+MAX_BATCH = 64
+# The graph is traced with two users: one would be taken for a constant.
+EXAMPLE_BATCH = 2
+# A pickle begins with its protocol opcode and a version; torch writes protocols 2 to 5.
+PICKLE_STARTS = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
+# Files inside the package that hold raw numbers and may begin with any bytes.
+RAW_PREFIXES = ("data/weights/weight_", "data/constants/tensor_")
+HASH_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """What the caller knows and the manifest must carry.
+
+    Attributes:
+        window_from, window_to: Source positions of the training window, "partition" -> offset.
+        feature_schema_hash: Hash of the features the inputs are built from.
+    """
+
+    name: str
+    created_ms: int
+    window_from: Mapping[str, int]
+    window_to: Mapping[str, int]
+    feature_schema_hash: str
+    metrics: Mapping[str, float]
+
+
+def export(trained: Trained, staging: Path, provenance: Provenance) -> dict[str, Any]:
+    """Write package, item ids and manifest into a directory and return the manifest.
+
+    Raises:
+        ExportError: The directory holds files already, or the package would contain a pickle.
+    """
+    staging.mkdir(parents=True, exist_ok=True)
+    if any(staging.iterdir()):
+        msg = f"{staging} is not empty; give an empty staging directory"
+        raise ExportError(msg)
+    serving = GemsServing(trained.model, trained.vocabulary).eval()
+    save_package(exported(serving), staging / MODEL_FILE)
+    ids = trained.vocabulary.item_ids_V.astype("<i8").tobytes()
+    (staging / ITEM_IDS_FILE).write_bytes(ids)
+    manifest = _manifest(trained, serving, provenance)
+    manifest["files"] = {name: sha256_of(staging / name) for name in (MODEL_FILE, ITEM_IDS_FILE)}
+    text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
+    (staging / MANIFEST_FILE).write_text(text, encoding="utf-8")
+    return manifest
+
+
+def exported(serving: GemsServing) -> ExportedProgram:
+    """The graph with a dynamic batch of 1 to MAX_BATCH users."""
+    num_items = len(serving.item_ids_V)
+    inputs = input_signature(serving.model.config, num_items=num_items)
+    batch = Dim("batch", min=1, max=MAX_BATCH)
+    shapes = tuple({} if spec.name == "available" else {0: batch} for spec in inputs)
+    example = example_inputs(serving, batch=EXAMPLE_BATCH)
+    with torch.no_grad():
+        return torch.export.export(serving, example, dynamic_shapes=shapes)
+
+
+def example_inputs(serving: GemsServing, *, batch: int) -> tuple[Tensor, ...]:
+    """Inputs of users who met nothing, every item available: the known tensor of a smoke test."""
+    num_items = len(serving.item_ids_V)
+    signature = input_signature(serving.model.config, num_items=num_items)
+    return tuple(_empty(spec, batch=batch) for spec in signature)
+
+
+def _empty(spec: Tensors, *, batch: int) -> Tensor:
+    if spec.name == "available":
+        return torch.ones(spec.shape, dtype=spec.dtype)
+    fill = PADDING if spec.name.endswith("_item") else 0
+    return torch.full((batch, *spec.shape), fill, dtype=spec.dtype)
+
+
+def save_package(program: ExportedProgram, path: Path) -> None:
+    """Save without the sample inputs, which torch would pickle into the file.
+
+    Raises:
+        ExportError: A pickle is inside all the same.
+    """
+    # There is no public way to leave the sample inputs out; with none, an empty entry is written.
+    program.example_inputs = None
+    torch.export.save(program, path)
+    found = pickles_in(path)
+    if found:
+        path.unlink()
+        msg = f"torch wrote pickles into {path.name}: {', '.join(found)}"
+        raise ExportError(msg)
+
+
+def pickles_in(path: Path) -> list[str]:
+    """Names of the entries of a zip archive that are, or contain, a pickle."""
+    found = []
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            inner = name.split("/", maxsplit=1)[-1]
+            if inner.startswith(RAW_PREFIXES) and not inner.endswith((".pkl", ".pickle")):
+                continue
+            content = archive.read(name)
+            is_nested_zip = content.startswith(b"PK\x03\x04")
+            if (
+                inner.endswith((".pkl", ".pickle"))
+                or is_nested_zip
+                or content.startswith(PICKLE_STARTS)
+            ):
+                found.append(name)
+    return found
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def verify(directory: Path) -> dict[str, Any]:
+    """Read the manifest of an exported directory after checking every file against it.
+
+    Raises:
+        ExportError: A file is missing or differs from its hash.
+    """
+    manifest: dict[str, Any] = json.loads((directory / MANIFEST_FILE).read_text(encoding="utf-8"))
+    for name, expected in manifest["files"].items():
+        path = directory / name
+        actual = sha256_of(path) if path.is_file() else "no such file"
+        if actual != expected:
+            msg = f"{path.name} has hash {actual}, the manifest says {expected}; export again"
+            raise ExportError(msg)
+    return manifest
+
+
+def _manifest(trained: Trained, serving: GemsServing, provenance: Provenance) -> dict[str, Any]:
+    num_items = trained.vocabulary.num_items
+    inputs = input_signature(trained.model.config, num_items=num_items)
+    return {
+        "manifest_version": MANIFEST_VERSION,
+        **asdict(provenance),
+        "window_from": dict(provenance.window_from),
+        "window_to": dict(provenance.window_to),
+        "metrics": dict(provenance.metrics),
+        "split_ms": trained.split_ms,
+        "config": asdict(trained.config),
+        "training": {
+            "steps": len(trained.losses),
+            "seconds": round(trained.seconds, 3),
+            "ended_by_budget": trained.ended_by_budget,
+            "final_loss": trained.losses[-1],
+        },
+        "num_items": num_items,
+        "num_domains": len(trained.vocabulary.domain_ids),
+        "beam_width": serving.beam_width,
+        "max_batch": MAX_BATCH,
+        "num_excluded": NUM_EXCLUDED,
+        "padding": PADDING,
+        "inputs": [_described(spec) for spec in inputs],
+        "outputs": [_described(spec) for spec in output_signature()],
+        "torch_version": torch.__version__,
+    }
+
+
+def _described(spec: Tensors) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "dtype": str(spec.dtype).removeprefix("torch."),
+        "shape": list(spec.shape),
+        "batched": spec.name != "available",
+    }

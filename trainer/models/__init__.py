@@ -1,0 +1,1 @@
+"""One model idea a file; every file opens with the legend of its shapes."""

@@ -1,0 +1,63 @@
+"""Runs one exported retrieval package. Needs torch and the files beside it, nothing of Moveline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton_python_backend_utils as pb_utils
+from torch.utils.dlpack import from_dlpack
+
+_OUTPUTS = ("item_id", "score", "contribution")
+
+
+def _read(request: Any, name: str) -> torch.Tensor:  # noqa: ANN401 - Triton's objects are untyped
+    return from_dlpack(pb_utils.get_input_tensor_by_name(request, name).to_dlpack())
+
+
+def _output(name: str, tensor: torch.Tensor) -> Any:  # noqa: ANN401 - Triton's objects are untyped
+    return pb_utils.Tensor.from_dlpack(name, tensor.contiguous().__dlpack__())
+
+
+class TritonPythonModel:
+    """One instance of one version."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the package and answer once, so that the first request is not the slow one."""
+        torch.set_num_threads(1)
+        folder = Path(args["model_repository"]) / args["model_version"]
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        self.names = [spec["name"] for spec in manifest["inputs"]]
+        raw = bytearray((folder / "item_ids.i64").read_bytes())
+        self.item_ids = torch.frombuffer(raw, dtype=torch.int64)
+        self.model = torch.export.load(folder / "model.pt2").module()
+        warm_up = [
+            torch.full(
+                (2, *spec["shape"]) if spec["batched"] else tuple(spec["shape"]),
+                manifest["padding"] if spec["name"].endswith("_item") else 0,
+                dtype=getattr(torch, spec["dtype"]),
+            )
+            for spec in manifest["inputs"]
+        ]
+        warm_up[self.names.index("available")][:] = True
+        with torch.inference_mode():
+            self.model(*warm_up)
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Run each request's batch as it came."""
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Any) -> Any:  # noqa: ANN401 - Triton's objects are untyped
+        withdrawn = _read(request, "withdrawn")
+        inputs = {name: _read(request, name) for name in self.names if name != "available"}
+        inputs["available"] = ~torch.isin(self.item_ids, withdrawn)
+        inputs["lifelong_mask"] = inputs["lifelong_mask"].bool()
+        with torch.inference_mode():
+            outputs = self.model(*(inputs[name] for name in self.names))
+        return pb_utils.InferenceResponse(
+            output_tensors=[
+                _output(name, tensor) for name, tensor in zip(_OUTPUTS, outputs, strict=True)
+            ]
+        )
