@@ -24,6 +24,7 @@ ID_MAX: Final = 2**63 - 1
 # 9999-12-31: beyond it datetime, Parquet readers and people disagree about the meaning.
 TIME_MS_MAX: Final = 253_402_300_799_999
 DWELL_MS_MAX: Final = 2**31 - 1
+POSITION_MAX: Final = 2**31 - 1
 # Kept as float32; what does not fit could be neither packed nor written to the lake.
 VALUE_MAX: Final = float.fromhex("0x1.fffffep+127")
 
@@ -104,6 +105,10 @@ def judge_ranges(event: Event, key: bytes | None) -> None:
         raise InvalidEventError(
             Reason.TIME_OUT_OF_RANGE,
             f"event_time_ms={event.event_time_ms}, allowed 0..{TIME_MS_MAX}",
+        )
+    if event.position is not None and not 0 <= event.position <= POSITION_MAX:
+        raise InvalidEventError(
+            Reason.WRONG_TYPE, f"position={event.position}, allowed 0..{POSITION_MAX}"
         )
     if event.dwell_ms is not None and not 0 <= event.dwell_ms <= DWELL_MS_MAX:
         raise InvalidEventError(

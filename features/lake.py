@@ -33,11 +33,11 @@ LAKE_SCHEMA: Final = pa.schema(
         pa.field("append_time_ms", pa.int64(), nullable=False),
         pa.field("user_id", pa.int64(), nullable=False),
         pa.field("item_id", pa.int64(), nullable=False),
-        pa.field("action", pa.dictionary(pa.int16(), pa.string()), nullable=False),
+        pa.field("action", pa.dictionary(pa.int32(), pa.string()), nullable=False),
         pa.field("event_time_ms", pa.int64(), nullable=False),
         pa.field("event_hash", pa.uint64(), nullable=False),
         pa.field("event_id", pa.string(), nullable=False),
-        pa.field("domain", pa.dictionary(pa.int16(), pa.string())),
+        pa.field("domain", pa.dictionary(pa.int32(), pa.string())),
         pa.field("dwell_ms", pa.int32()),
         pa.field("value", pa.float32()),
         pa.field("request_id", pa.string()),
@@ -78,19 +78,27 @@ def list_files(root: Path, topic: str) -> list[LakeFile]:
     Raises:
         LakeError: files of a partition overlap or leave a hole.
     """
-    files: list[LakeFile] = []
-    for folder in sorted((root / topic).glob("partition=*")):
-        partition = int(folder.name.split("=")[1])
-        matches = ((path, _FILE_NAME.match(path.name)) for path in folder.iterdir())
-        files += sorted(
-            LakeFile(partition, int(match[1]), int(match[2]), path)
-            for path, match in matches
-            if match
-        )
+    folders = (root / topic).glob("partition=*")
+    partitions = sorted(int(folder.name.split("=")[1]) for folder in folders)
+    return [file for partition in partitions for file in list_partition(root, topic, partition)]
+
+
+def list_partition(root: Path, topic: str, partition: int) -> list[LakeFile]:
+    """Return one partition's published files by offset; none if its folder is not there.
+
+    Raises:
+        LakeError: files overlap or leave a hole.
+    """
+    folder = partition_folder(root, topic, partition)
+    paths = folder.iterdir() if folder.is_dir() else ()
+    matches = ((path, _FILE_NAME.match(path.name)) for path in paths)
+    files = sorted(
+        LakeFile(partition, int(match[1]), int(match[2]), path) for path, match in matches if match
+    )
     for before, after in itertools.pairwise(files):
-        if before.partition == after.partition and after.start != before.end + 1:
+        if after.start != before.end + 1:
             raise LakeError(
-                f"partition {after.partition} goes from offset {before.end} ({before.path}) to "
+                f"partition {partition} goes from offset {before.end} ({before.path}) to "
                 f"{after.start} ({after.path}): restore the missing file, or rebuild the lake "
                 "with `moveline lake`."
             )
@@ -99,8 +107,8 @@ def list_files(root: Path, topic: str) -> list[LakeFile]:
 
 def next_offset(root: Path, topic: str, partition: int) -> int | None:
     """Return the offset the next file starts at, None for an empty partition."""
-    ends = [file.end for file in list_files(root, topic) if file.partition == partition]
-    return max(ends) + 1 if ends else None
+    files = list_partition(root, topic, partition)
+    return files[-1].end + 1 if files else None
 
 
 def read_file(file: LakeFile) -> pa.Table:

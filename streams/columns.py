@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Final, Literal
 
-from features.events import DWELL_MS_MAX, ID_MAX, TIME_MS_MAX, parse_id
+from features.events import DWELL_MS_MAX, ID_MAX, TIME_MS_MAX, VALUE_MAX, parse_id
 from streams.errors import MappingError
 
 if TYPE_CHECKING:
@@ -179,8 +179,11 @@ def to_int(cell: object, *, largest: int) -> int:
 
 
 def to_float(cell: object) -> float:
-    """Return the number in `cell`, which is finite."""
-    return float(_decimal(cell))
+    """Return the number in `cell`, which 32 bits can hold."""
+    number = float(_decimal(cell))
+    if abs(number) > VALUE_MAX:
+        raise ValueError(f"{cell!r} is outside +-{VALUE_MAX:g}")
+    return number
 
 
 def to_bool(cell: object) -> bool:

@@ -200,6 +200,7 @@ def test_a_closed_producer_refuses() -> None:
         ({"event_time_ms": -1}, Reason.TIME_OUT_OF_RANGE),
         ({"event_time_ms": 1.5}, Reason.WRONG_TYPE),
         ({"dwell_ms": -1}, Reason.WRONG_TYPE),
+        ({"value": 1e300}, Reason.WRONG_TYPE),
         ({"domain": object()}, Reason.WRONG_TYPE),
         ({"domain": "\ud800"}, Reason.WRONG_TYPE),
         ({"request_id": "x" * 20_000}, Reason.TOO_LARGE),

@@ -142,6 +142,7 @@ def test_a_parquet_file_larger_than_a_batch_is_read_in_order(tmp_path: Path) -> 
             r"'-1' is outside 0\.\.",
         ),
         ("user_id,item_id,action,event_time_ms,value\n1,2,view,5,nan\n", r"not a finite number"),
+        ("user_id,item_id,action,event_time_ms,value\n1,2,view,5,1e39\n", r"'1e39' is outside"),
         ("", r"is empty"),
         ('user_id,item_id,action,event_time_ms\n1,2,"view,5\n', r"cannot be read as csv"),
     ],
