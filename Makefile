@@ -2,6 +2,7 @@
 #   make demo [KEEP=1] [KAFKA_HOME=...]   the main job on real data and real servers
 #   make test                             every test, against the real servers
 #   make check                            format, lint, types, import contracts (under 60 s)
+#   make figures                          benchmarks/results into README.md
 #   make up / make down                   the local stack by itself
 # TORCH_SPEC chooses another build of torch: see "Choosing a CUDA build" in the README.
 PYTHON ?= python3.11
@@ -9,7 +10,7 @@ TORCH_SPEC ?= torch==2.13.0
 KEEP ?=
 BIN := .venv/bin
 
-.PHONY: demo test check format up down clean
+.PHONY: demo test check format figures up down clean
 
 demo: .venv/stamp-local
 	$(BIN)/moveline demo $(if $(KEEP),--keep)
@@ -26,6 +27,9 @@ check: .venv/stamp-dev
 format: .venv/stamp-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+figures: .venv/stamp-local
+	$(BIN)/python -m benchmarks.readme
 
 up: .venv/stamp-local
 	$(BIN)/moveline up

@@ -50,6 +50,8 @@ NUM_PROBES: Final = 1_000
 PROBE_RATE: Final = 200.0
 NUM_REQUESTS: Final = 300
 NUM_CLICKS: Final = 5
+# Of the households that are shown: with fewer events there is little to recommend from.
+NUM_EVENTS_MIN: Final = 200
 K: Final = 10
 CATCH_UP_TIMEOUT_S: Final = 180.0
 _POLL_S: Final = 0.2
@@ -64,6 +66,7 @@ class DemoOptions:
     """What may differ between two demos."""
 
     keep: bool = False
+    record: bool = False
     kafka_home: Path | None = None
     num_lines_min: int = NUM_LINES_MIN
     train_budget_s: float = 150.0
@@ -231,7 +234,7 @@ class Demo:
         self.say("recommendations over gRPC")
         _, catalogue = stores_of(self.settings)
         rng = np.random.default_rng(SEED)
-        users = rng.permutation(groceries.households()).tolist()
+        users = rng.permutation(groceries.regulars(NUM_EVENTS_MIN)).tolist()
         with Recommender(self.settings.triton.grpc) as recommender:
             asked = recommender.recommend_many(users[:3], k=K, deadline_s=10.0)
             for answer in asked:
@@ -318,7 +321,7 @@ def run_demo(settings: Settings, options: DemoOptions) -> None:
                 "`moveline status`, `moveline features HOUSEHOLD`, `moveline recommend "
                 "HOUSEHOLD`, `moveline down`."
             )
-    report("demo", figures, command="make demo", caveats=CAVEATS)
+    report("demo", figures, command="make demo", caveats=CAVEATS, keep=options.record)
     refuse_broken_promises(figures)
 
 

@@ -64,12 +64,13 @@ def report(
     figures: Mapping[str, object],
     *,
     command: str,
-    caveats: Mapping[str, str] | None = None,
+    caveats: Mapping[str, str],
+    keep: bool = True,
 ) -> None:
-    """Print the figures as the last line; in a checkout also write benchmarks/results/NAME.json."""
+    """Print the figures as the last line; with `keep` also write benchmarks/results/NAME.json."""
     line = {"name": name, "figures": dict(figures), "commit": commit(), "machine": machine()}
-    if RESULTS.is_dir():
-        kept = {**line, "command": command, "caveats": dict(caveats or {})}
+    if keep and RESULTS.is_dir():
+        kept = {**line, "command": command, "caveats": dict(caveats)}
         text = json.dumps(kept, indent=2) + "\n"
         (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
     sys.stdout.write(json.dumps(line) + "\n")

@@ -43,6 +43,11 @@ class Groceries:
         """Return the chosen household ids, ascending."""
         return [int(one) for one in np.unique(self.table["household_id"].to_numpy())]
 
+    def regulars(self, num_events_min: int) -> list[int]:
+        """Return the households with at least so many lines, ascending."""
+        ids, counts = np.unique(self.table["household_id"].to_numpy(), return_counts=True)
+        return [int(one) for one in ids[counts >= num_events_min]]
+
     def events(self, start: int, stop: int) -> Iterator[Event]:
         """Yield the lines [start, stop) as purchase events."""
         part = self.table.slice(start, stop - start)

@@ -11,7 +11,14 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -94,7 +101,11 @@ class Settings(BaseSettings):
     """Everything a command needs to know of its surroundings."""
 
     model_config = SettingsConfigDict(
-        env_prefix=_ENV_PREFIX, env_nested_delimiter="__", extra="forbid"
+        env_prefix=_ENV_PREFIX,
+        env_nested_delimiter="__",
+        extra="forbid",
+        # A generation may be written as a number.
+        coerce_numbers_to_str=True,
     )
 
     kafka: KafkaSettings = Field(default_factory=KafkaSettings)
@@ -107,7 +118,9 @@ class Settings(BaseSettings):
     models: Path = Path("models")
     run_dir: Path = RUN_DIR
     config: Path = CONFIG_FILE
-    generation: Annotated[str, StringConstraints(pattern=r"^g?[1-9][0-9]*$")] = "g1"
+    generation: Annotated[
+        str, BeforeValidator(str), StringConstraints(pattern=r"^g?[1-9][0-9]*$")
+    ] = "g1"
 
     @classmethod
     def settings_customise_sources(
@@ -176,7 +189,8 @@ def load_settings(config: Path | None = None, **options: Any) -> Settings:  # no
     if config is not None and not config.is_file():
         raise SettingsError(f"config file {config} does not exist: give an existing --config.")
     try:
-        return Settings(**_without_none({"config": config, **options}))
+        settings = Settings(**_without_none({"config": config, **options}))
+        settings.state_config()  # refuses rules that no row can hold
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise SettingsError(
@@ -184,6 +198,7 @@ def load_settings(config: Path | None = None, **options: Any) -> Settings:  # no
         ) from error
     except ValueError as error:
         raise SettingsError(f"settings: {error}. Mend the file, or name another.") from error
+    return settings
 
 
 def _without_none(options: dict[str, Any]) -> dict[str, Any]:

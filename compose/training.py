@@ -17,13 +17,14 @@ from features.redis import CatalogueStore, Trending, connect
 from features.schema import schema_hash
 from scoring.signature import K_MAX, RETRIEVAL_MODEL
 from scoring.triton import TritonServer
-from trainer.baselines import own_frequency, popularity
-from trainer.dataset import EventLog
+from trainer.baselines import own_frequency, popularity, recency_weighted
+from trainer.dataset import EventLog, label_groups
 from trainer.evaluate import held_out_groups, judge, model_ranker
 from trainer.export import MANIFEST_FILE, Provenance, export
 from trainer.models.gems import GemsConfig
+from trainer.package import Package
 from trainer.publish import publish
-from trainer.train import TrainConfig, Trained
+from trainer.train import TrainConfig
 from trainer.train import train as train_model
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 
     from compose.settings import Settings
     from features.config import StateConfig
-    from trainer.evaluate import Quality
+    from trainer.batches import BatchSource
+    from trainer.evaluate import Quality, Ranker
 
 
 class NoPackageError(ComposeError):
@@ -82,7 +84,8 @@ def train_package(settings: Settings, request: TrainRequest) -> TrainResult:
     files = lake.list_files(settings.lake.path, topics.events)
     log = EventLog.from_columns(lake.read_accepted(settings.lake.path, topics.events, config))
     trained = train_model(log, _train_config(request, config))
-    metrics = measure(log, trained, request.seed)
+    ranker = model_ranker(trained.model, trained.source)
+    metrics = measure(trained.source, ranker, split_ms=trained.split_ms, seed=request.seed)
     created_ms = now_ms()
     package = request.out or settings.models / f"{RETRIEVAL_MODEL}-{created_ms}"
     export(
@@ -110,17 +113,34 @@ def _train_config(request: TrainRequest, config: StateConfig) -> TrainConfig:
     )
 
 
-def measure(log: EventLog, trained: Trained, seed: int) -> dict[str, float]:
+def evaluate_package(settings: Settings, package: Path, *, seed: int) -> dict[str, float]:
+    """Return the figures of a package on the lake's events after its split.
+
+    Raises:
+        LakeError: no event log, or an unreadable one.
+        TrainerError: the package is damaged, or nothing came after its split.
+    """
+    loaded = Package.load(package)
+    config = stores_of(settings)[0].config
+    _, topics = kafka_of(settings)
+    log = EventLog.from_columns(lake.read_accepted(settings.lake.path, topics.events, config))
+    source = loaded.source(log)
+    split_ms = int(loaded.manifest["split_ms"])
+    return measure(source, loaded.ranker(source), split_ms=split_ms, seed=seed)
+
+
+def measure(source: BatchSource, model: Ranker, *, split_ms: int, seed: int) -> dict[str, float]:
     """Return HR@10 and NDCG@10 of the model and of rankings that need none."""
-    groups = held_out_groups(log, trained.groups, split_ms=trained.split_ms, seed=seed)
+    groups = held_out_groups(source.log, label_groups(source.log), split_ms=split_ms, seed=seed)
     rankers = {
-        "model": model_ranker(trained.model, trained.source),
-        "popularity": popularity(trained.source, trained.vocabulary),
-        "own_frequency": own_frequency(trained.source),
+        "model": model,
+        "popularity": popularity(source),
+        "own_frequency": own_frequency(source),
+        "own_decayed": recency_weighted(source),
     }
     metrics: dict[str, float] = {}
     for name, ranker in rankers.items():
-        quality: Quality = judge(trained.source, groups, ranker, name=name)
+        quality: Quality = judge(source, groups, ranker, name=name)
         metrics[f"hr10_{name}"] = quality.hr10
         metrics[f"ndcg10_{name}"] = quality.ndcg10
     return metrics

@@ -26,7 +26,13 @@ from features.errors import (
     StoreUnavailableError,
     UnsafeStoreError,
 )
-from features.row import POSITION_FROM_END, RowWrite, decode_row, newest_bytes
+from features.row import (
+    POSITION_FROM_END,
+    RowWrite,
+    decode_newest,
+    decode_row,
+    newest_bytes,
+)
 from features.state import EMPTY_STATE, UserState, rebuild_window
 
 if TYPE_CHECKING:
@@ -199,6 +205,30 @@ class StateStore:
     def _script_digest(self) -> str:
         with _mapped_errors("loading the write script"):
             return str(_run(self.client, "SCRIPT LOAD", self._write_script))
+
+    def read_states(self, user_ids: Sequence[int], *, newest: int) -> list[UserState | None]:
+        """Return states with at least the newest records asked for, as far as there are any.
+
+        One round trip. Only rows that remember departed ids of late events can come back short,
+        and those are read again, whole.
+
+        Raises:
+            StoreError: Redis did not answer.
+            CorruptRowError: stored bytes are not a row.
+        """
+        rows = self.read_rows(user_ids, newest=newest)
+        read = [None if row is None else decode_newest(row) for row in rows]
+        short = [
+            i
+            for i, found in enumerate(read)
+            if found is not None and found[1] and found[0].records.size < newest
+        ]
+        states = [None if found is None else found[0] for found in read]
+        if short:
+            whole = self.read_rows([user_ids[i] for i in short])
+            for i, row in zip(short, whole, strict=True):
+                states[i] = None if row is None else decode_row(row)
+        return states
 
     def read_rows(
         self, user_ids: Sequence[int], *, newest: int | None = None

@@ -7,6 +7,8 @@ import threading
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from features.config import StateConfig
 from features.errors import StoreError
 from features.redis import CatalogueStore, StateStore, Trending
@@ -59,10 +61,10 @@ class Live:
             self._refresh()
 
     def _refresh(self) -> None:
-        """Replace the snapshot; while Redis is away the last one stays, and the log says so."""
+        """Replace the snapshot; what cannot be read leaves the last one, and the log says so."""
         try:
             self.snapshot = read_snapshot(CatalogueStore(self.client), self.snapshot)
-        except StoreError as error:
+        except (StoreError, msgspec.MsgspecError, ValueError) as error:
             log.warning("live pointers not refreshed: %s", error)
 
 

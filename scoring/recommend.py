@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from features.errors import FeatureError
-from features.row import decode_newest
 from features.view import StreamBatch, batch_streams
-from scoring.signature import NO_ITEM, Degraded
+from scoring.signature import NO_ITEM, WAIT_MS_MAX, Degraded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,8 +24,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("moveline.recommend")
 
-# While an answer waits for a position, the rows are read again this often.
-_POLL_S: Final = 0.002
+# While an answer waits for a position, its rows are read again: soon at first, as an event is
+# usually there within milliseconds, then more and more rarely, as many may be waiting.
+_POLL_S: Final = 0.001
+_POLL_GROWTH: Final = 1.5
+_POLL_MAX_S: Final = 0.02
 
 
 class Ask(NamedTuple):
@@ -108,11 +110,11 @@ def _read_when_reached(drafts: list[_Draft], live: Live, snapshot: Snapshot) -> 
     store = live.store(snapshot)
     # Exactly the streams' length: what waits in the tail to leave as a chunk is not served.
     newest = snapshot.config.recent + snapshot.config.mid
-    started = time.monotonic()
+    started, pause_s = time.monotonic(), _POLL_S
     while True:
         try:
-            rows = store.read_rows([draft.ask.user_id for draft in drafts], newest=newest)
-            states = [None if row is None else decode_newest(row)[0] for row in rows]
+            users = [draft.ask.user_id for draft in drafts]
+            states = store.read_states(users, newest=newest)
         except FeatureError as error:
             log.warning("state not read: %s", error)
             for draft in drafts:
@@ -124,11 +126,13 @@ def _read_when_reached(drafts: list[_Draft], live: Live, snapshot: Snapshot) -> 
             draft.state = state
             if not _reached(draft.ask, state):
                 behind.append(draft)
-        if all(draft.ask.wait_ms <= waited_ms for draft in behind):
+        # Clients limit their wait too; a server must not have to trust them.
+        if all(min(draft.ask.wait_ms, WAIT_MS_MAX) <= waited_ms for draft in behind):
             for draft in behind:
                 draft.degraded |= Degraded.POSITION_NOT_REACHED
             return True
-        time.sleep(_POLL_S)
+        time.sleep(pause_s)
+        pause_s = min(pause_s * _POLL_GROWTH, _POLL_MAX_S)
 
 
 def _reached(ask: Ask, state: UserState | None) -> bool:

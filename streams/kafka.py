@@ -70,6 +70,7 @@ __all__ = [
     "end_offsets",
     "ensure_topics",
     "is_end_of_partition",
+    "is_fatal",
     "is_offset_gone",
     "make_consumer",
     "make_producer",
@@ -200,6 +201,14 @@ def is_end_of_partition(error: KafkaError) -> bool:
 def is_offset_gone(error: KafkaError) -> bool:
     """Return whether a message's `error()` says that Kafka no longer has the offset asked for."""
     return bool(error.code() == KafkaError._AUTO_OFFSET_RESET)  # noqa: SLF001 - likewise
+
+
+def is_fatal(error: KafkaError) -> bool:
+    """Return whether the client that raised the error is of no use any more.
+
+    A message that carries such an error says so by its code alone; `fatal()` is for exceptions.
+    """
+    return bool(error.fatal() or error.code() == KafkaError._FATAL)  # noqa: SLF001 - likewise
 
 
 def as_stream_error(

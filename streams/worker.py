@@ -19,6 +19,7 @@ from streams.kafka import (
     KafkaException,
     TopicPartition,
     as_stream_error,
+    is_fatal,
     make_consumer,
     make_producer,
 )
@@ -153,10 +154,10 @@ class _Run:
         for message in messages:
             error = message.error()
             if error is not None:
-                if error.retriable() or not error.fatal():
-                    log.warning("Kafka: %s", error)
-                    continue
-                raise KafkaException(error)
+                if is_fatal(error):
+                    raise KafkaException(error)
+                log.warning("Kafka: %s", error)
+                continue
             if message.topic() == self.worker.topics.items:
                 items.append(message)
             else:
@@ -274,7 +275,7 @@ class _Run:
         try:
             consumer.commit(offsets=offsets, asynchronous=False)
         except KafkaException as error:
-            if error.args[0].fatal():
+            if is_fatal(error.args[0]):
                 raise
             log.warning("offsets not committed: %s", error)
             return

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
-from features.config import StateConfig
 from features.redis import CatalogueStore, StateStore, connect
 from scoring.signature import RECOMMEND_MODEL
 from scoring.triton import TritonServer
 from streams.kafka import KafkaConfig, ensure_topics
 from streams.topics import Topics
 from tests.servers import local_stack
+from tests.small import REPOSITORY, SMALL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,10 +31,7 @@ if TYPE_CHECKING:
 
     from compose.local.stack import LocalStack
 
-REPOSITORY = Path(__file__).parents[1]
 NUM_PARTITIONS = 3
-# Small streams: a few dozen events of a user reach chunks, departures and the duplicate window.
-SMALL = StateConfig(recent=8, mid=24, chunk=6, dedup_window=16)
 # A consumer group is named after its generation, and one that was killed in a test lives on in
 # the broker for a while: no two tests share a number.
 _GENERATIONS = itertools.count(1)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from trainer.batches import BatchSource
 from trainer.dataset import Int64s, LabelGroups
 from trainer.evaluate import TOP_K, Ranker
-from trainer.vocabulary import UNKNOWN, Vocabulary
+from trainer.vocabulary import UNKNOWN
 
 # Events of a user that the plain count looks back on.
 COUNT_WINDOW = 256
@@ -19,12 +19,12 @@ DECAY = 0.995
 POPULARITY_REFRESH_MS = 86_400_000
 
 
-def popularity(source: BatchSource, vocabulary: Vocabulary) -> Ranker:
+def popularity(source: BatchSource) -> Ranker:
     """Rank by the number of events so far, renewed daily from the first event on."""
     log = source.log
     order = np.argsort(log.event_time_ms_N, kind="stable")
     time_ms, item = log.event_time_ms_N[order], source.item_N[order]
-    num_items = vocabulary.num_items + 1
+    num_items = max(TOP_K, int(item.max(initial=0)) + 1)
     cached: dict[int, Int64s] = {}
 
     def top_on(day: int) -> Int64s:

@@ -86,9 +86,14 @@ class BatchSource:
         return rows, known
 
     def streams(self, groups: LabelGroups) -> tuple[Stream, Stream]:
-        """The recent and the mid-term stream at each group, ages counted from its time."""
+        """The recent and the mid-term stream at each group.
+
+        Ages count back from the newest event known then, not from the group's time: scoring must
+        give the same answer however long after that event it is asked.
+        """
         rows, known = self.history_rows(groups)
-        age = groups.time_ms_G[:, None] - self.log.event_time_ms_N[rows]
+        time_ms = self.log.event_time_ms_N[rows]
+        age = time_ms[:, -1:] - time_ms
         columns = (
             np.where(known, self.item_N[rows], UNKNOWN),
             np.where(known, age, 0),

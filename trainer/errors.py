@@ -21,6 +21,10 @@ class DivergedError(TrainerError):
     """The loss became infinite or not a number."""
 
 
+class BudgetError(TrainerError, ValueError):
+    """The time budget was over before the first step of training."""
+
+
 class ExportError(TrainerError):
     """The exported package is not what the manifest promises."""
 

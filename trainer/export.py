@@ -153,9 +153,9 @@ def verify(directory: Path) -> dict[str, Any]:
     """Read the manifest of an exported directory after checking every file against it.
 
     Raises:
-        ExportError: A file is missing or differs from its hash.
+        ExportError: A file is missing or differs from its hash, or the manifest names none.
     """
-    manifest: dict[str, Any] = json.loads((directory / MANIFEST_FILE).read_text(encoding="utf-8"))
+    manifest = _read_manifest(directory / MANIFEST_FILE)
     for name, expected in manifest["files"].items():
         path = directory / name
         actual = sha256_of(path) if path.is_file() else "no such file"
@@ -163,6 +163,20 @@ def verify(directory: Path) -> dict[str, Any]:
             msg = f"{path.name} has hash {actual}, the manifest says {expected}; export again"
             raise ExportError(msg)
     return manifest
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        msg = f"{path} cannot be read ({error}); export again"
+        raise ExportError(msg) from error
+    hashes = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(hashes, dict) or not {MODEL_FILE, ITEM_IDS_FILE} <= hashes.keys():
+        msg = f"{path} does not name the files of a package; export again"
+        raise ExportError(msg)
+    read: dict[str, Any] = manifest
+    return read
 
 
 def _manifest(trained: Trained, serving: GemsServing, provenance: Provenance) -> dict[str, Any]:

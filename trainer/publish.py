@@ -12,6 +12,7 @@ A version that fails step 4 or 5 is taken out again. The pointer flip is the cal
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import uuid
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from scoring.triton import TritonServer
+
+log = logging.getLogger("moveline.publish")
 
 # Relative difference of scores between this process and Triton; they run the same graph.
 PARITY_TOLERANCE: Final = 1e-3
@@ -70,12 +73,15 @@ def publish(package: Path, repository: Path, server: TritonServer) -> Published:
         server.load(RETRIEVAL_MODEL)
         server.wait_ready(RETRIEVAL_MODEL, version)
         parity = check_parity(folder, server, version)
-    except (ScoringError, ParityError) as error:
+    except BaseException as error:
+        # Whatever it was, Ctrl-C included: a version that is not proven must not stay.
         shutil.rmtree(folder)
         _reload_others(model_folder, server)
-        raise PublishError(
-            f"version {version} was taken out again, what was live still is: {error}"
-        ) from error
+        if isinstance(error, ScoringError | ParityError):
+            raise PublishError(
+                f"version {version} was taken out again, what was live still is: {error}"
+            ) from error
+        raise
     return Published(version, folder, parity)
 
 
@@ -129,11 +135,18 @@ def _claim_version(draft: Path, model_folder: Path) -> Path:
 
 
 def _reload_others(model_folder: Path, server: TritonServer) -> None:
-    """Make Triton forget the removed version; without another one the model is unloaded."""
-    if versions_on_disk(model_folder):
-        server.load(RETRIEVAL_MODEL)
-    else:
-        server.unload(RETRIEVAL_MODEL)
+    """Make Triton forget the removed version; without another one the model is unloaded.
+
+    A Triton that cannot be told does not hide why the version was removed: it reads the folder
+    anew when it comes back.
+    """
+    try:
+        if versions_on_disk(model_folder):
+            server.load(RETRIEVAL_MODEL)
+        else:
+            server.unload(RETRIEVAL_MODEL)
+    except ScoringError as error:
+        log.warning("Triton was not told of the removal: %s", error)
 
 
 def check_parity(folder: Path, server: TritonServer, version: int) -> float:

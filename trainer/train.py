@@ -24,7 +24,7 @@ from trainer.dataset import (
     split_time_ms,
     training_groups,
 )
-from trainer.errors import DivergedError
+from trainer.errors import BudgetError, DivergedError
 from trainer.item_vectors import co_occurrence_vectors, with_domains
 from trainer.models.gems import Gems, GemsConfig
 from trainer.semantic_ids import CODE_SIZES, learn_semantic_ids
@@ -55,8 +55,8 @@ class TrainConfig:
     """
 
     epochs: float = 1.0
-    label_share: float = 0.6
-    budget_s: float = 120.0
+    label_share: float = 0.4
+    budget_s: float = 150.0
     groups_per_batch: int = 32
     num_targets: int = NUM_TARGETS
     learning_rate: float = 1e-3
@@ -90,6 +90,7 @@ def train(log: EventLog, config: TrainConfig) -> Trained:
         EmptyWindowError: There is nothing to learn from.
         VocabularyError: There are more items than semantic ids.
         DivergedError: The loss is not finite.
+        BudgetError: The budget does not reach the first step.
     """
     started = time.monotonic()
     torch.set_num_threads(config.num_threads)
@@ -105,6 +106,11 @@ def train(log: EventLog, config: TrainConfig) -> Trained:
     plan = _Plan.of(config, num_groups=len(learnable), started=started)
     losses = _fit(model, source, learnable, config, plan)
     seconds = time.monotonic() - started
+    if not losses:
+        raise BudgetError(
+            f"{seconds:.1f} s went by before the first step, but budget_s is {config.budget_s}; "
+            "train again with a larger budget"
+        )
     return Trained(
         model=model.eval(),
         config=config,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import Final
 
 import typer
 from rich.console import Console
@@ -40,11 +41,38 @@ answers.register(app)
 def _options(
     *, verbose: bool = typer.Option(False, "--verbose", "-v", help="Show what happens inside.")
 ) -> None:
+    handler = RichHandler(console=Console(stderr=True), show_path=False)
+    if not verbose:
+        handler.addFilter(OnceInAWhile())
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
         format="%(name)s: %(message)s",
-        handlers=[RichHandler(console=Console(stderr=True), show_path=False)],
+        handlers=[handler],
     )
+
+
+# While a broker is away librdkafka says so several times a second; a person wants it once.
+REPEAT_S: Final = 30.0
+KAFKA_LOGGER: Final = "moveline.kafka"
+
+
+class OnceInAWhile(logging.Filter):
+    """Lets one line of each kind through per REPEAT_S; its first word is a Kafka line's kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said_at: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether the line should be shown."""
+        if record.name != KAFKA_LOGGER:
+            return True
+        kind = record.getMessage().partition(" ")[0]
+        last = self._said_at.get(kind)
+        if last is not None and record.created - last < REPEAT_S:
+            return False
+        self._said_at[kind] = record.created
+        return True
 
 
 def main() -> None:

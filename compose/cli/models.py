@@ -34,7 +34,7 @@ def register(app: typer.Typer) -> None:
 def train(
     *,
     budget: Annotated[float, typer.Option(help="Seconds of training at most.")] = 120.0,
-    epochs: Annotated[float, typer.Option(help="Passes over the label groups.")] = 3.0,
+    epochs: Annotated[float, typer.Option(help="Passes over the label groups.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal weights.")] = 1,
     threads: Annotated[int, typer.Option(help="CPU threads of torch.")] = 2,
     out: Annotated[Path | None, typer.Option(help="Folder of the package to write.")] = None,
@@ -62,23 +62,25 @@ def train(
 def evaluate(
     *,
     package: Package = None,
+    seed: Annotated[int, typer.Option(help="Draws the users that are judged.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    lake: options.Lake = None,
+    redis: options.Redis = None,
     config: options.Config = None,
 ) -> None:
-    """Show how a package ranks the held-out window, beside rankings that need no model.
+    """Judge a package on the lake's events after its split, beside rankings that need no model.
 
-    The figures were measured when the package was made, on the window its manifest names: weights
-    frozen at the split, every event predicted before it was shown, all items ranked.
+    Weights are those of the package, frozen at its split; every event is predicted before it is
+    shown, from all that came before it; all items are ranked, repeats allowed.
     """
-    from compose.training import newest_package
-    from trainer.export import verify
+    from compose.training import evaluate_package, newest_package
 
-    settings = options.settings_of(config)
-    manifest = verify(package or newest_package(settings.models))
+    settings = options.settings_of(config, lake=lake, redis=redis)
+    metrics = evaluate_package(settings, package or newest_package(settings.models), seed=seed)
     if as_json:
-        Console().out(json.dumps(manifest["metrics"]))
+        Console().out(json.dumps(metrics))
     else:
-        Console().print(quality_table(manifest["metrics"]))
+        Console().print(quality_table(metrics))
 
 
 def publish(

@@ -54,7 +54,7 @@ def test_pointers_and_trending() -> None:
 
 
 def test_the_lake_schema_and_its_file_names() -> None:
-    text = pa.dictionary(pa.int16(), pa.string())
+    text = pa.dictionary(pa.int32(), pa.string())
     assert [(field.name, field.type, field.nullable) for field in LAKE_SCHEMA] == [
         ("offset", pa.int64(), False),
         ("append_time_ms", pa.int64(), False),

@@ -51,7 +51,7 @@ def test_popularity_counts_all_users_up_to_the_day_before() -> None:
     source = BatchSource.of(log, vocabulary)
     groups = label_groups(log)
     at_day_4 = groups.select(groups.time_ms_G == 4 * DAY_MS)
-    assert popularity(source, vocabulary)(at_day_4)[0].tolist()[:2] == [1, 2]
+    assert popularity(source)(at_day_4)[0].tolist()[:2] == [1, 2]
 
 
 def test_a_hit_gains_by_its_rank_and_every_event_counts() -> None:
@@ -102,5 +102,5 @@ def test_the_model_beats_popularity_on_repeating_users(trained: Trained) -> None
     source = trained.source
     groups = held_out_groups(source.log, trained.groups, split_ms=trained.split_ms, seed=0)
     model = judge(source, groups, model_ranker(trained.model, source), name="model")
-    popular = judge(source, groups, popularity(source, trained.vocabulary), name="popularity")
+    popular = judge(source, groups, popularity(source), name="popularity")
     assert model.ndcg10 > popular.ndcg10

@@ -9,7 +9,7 @@ import torch
 from tests.trainer.conftest import made_up_columns, small_model, small_training
 from trainer.batches import BatchSource
 from trainer.dataset import EventLog, label_groups
-from trainer.errors import DivergedError, EmptyWindowError, VocabularyError
+from trainer.errors import BudgetError, DivergedError, EmptyWindowError, VocabularyError
 from trainer.models.events import log_bucket
 from trainer.models.gems import mixed_log, without_lifelong
 from trainer.train import Trained, new_model, train
@@ -96,6 +96,11 @@ def test_the_budget_ends_a_run_early(log: EventLog) -> None:
     trained = train(log, small_training(epochs=1e6, budget_s=2.0))
     assert trained.ended_by_budget
     assert len(trained.losses) > 0
+
+
+def test_a_budget_without_a_step_is_refused(log: EventLog) -> None:
+    with pytest.raises(BudgetError, match="larger budget"):
+        train(log, small_training(budget_s=1e-6))
 
 
 def test_too_many_items_are_refused(log: EventLog) -> None:

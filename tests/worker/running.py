@@ -31,7 +31,7 @@ class Running:
 
     def __post_init__(self) -> None:
         """Prepare the thread."""
-        self.thread = threading.Thread(target=self._run, name="worker")
+        self.thread = threading.Thread(target=self._run, name=f"worker-{id(self)}")
 
     def _run(self) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from features.events import ID_MAX, domain_hash, event_hash
 from features.lake import LAKE_SCHEMA, file_name, list_files, partition_folder, read_accepted
 from features.oracle import accept
 from features.state import Accepted, Position
-from tests.conftest import SMALL
+from tests.small import SMALL
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,7 +68,7 @@ def write_lake(root: Path, rows: dict[int, list[dict[str, Any]]], num_files: int
     for partition, log in rows.items():
         last = log[-1]["offset"]
         edges = [last * i // num_files for i in range(num_files)] + [last + 1, last + 5]
-        for start, stop in zip(edges, edges[1:], strict=False):
+        for start, stop in itertools.pairwise(edges):
             inside = [row for row in log if start <= row["offset"] < stop]
             write_file(root, partition, start, stop - 1, inside)
 

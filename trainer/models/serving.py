@@ -92,7 +92,7 @@ class GemsServing(nn.Module):
 
         Args:
             recent_item: [B, R] ids, newest last, PADDING in front.
-            recent_age_ms: [B, R] request clock minus event time.
+            recent_age_ms: [B, R] time of the newest event minus event time.
             recent_domain: [B, R] 64-bit domain hashes, their bits read as int64.
             available: [V] by place in the vocabulary; a withdrawn item is False.
             exclude_item: [B, X] ids that must not be returned, PADDING elsewhere.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,9 +23,14 @@ if TYPE_CHECKING:
 
     from features.view import StreamBatch
 
+log = logging.getLogger("moveline.recommend")
+
 _INPUTS = ("user_id", "k", "min_partition", "min_offset", "wait_ms", "exclude_seen")
 # Redis beyond this is "away" for an answer: trending now beats state later.
 _REDIS_TIMEOUT_S = 0.25
+# Requests of one instance that wait for a position at a time; a thread and a Redis connection
+# each. One more waits for a thread first, within its deadline.
+_WAITING_MAX = 64
 
 
 def read(request: Any, name: str) -> torch.Tensor:  # noqa: ANN401 - Triton's objects are untyped
@@ -76,29 +83,47 @@ class TritonPythonModel:
             )
         self.live = Live(connect(url, timeout_s=_REDIS_TIMEOUT_S))
         self.live.start()
+        self.waiting = ThreadPoolExecutor(_WAITING_MAX, thread_name_prefix="moveline-wait")
 
-    def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer every request; those that wait for a position are answered after the others."""
-        asks = [read_asks(request) for request in requests]
-        responses: list[Any] = [None] * len(requests)
-        todo: list[int] = []
-        for i, users in enumerate(asks):
-            wrong = next((ask for ask in users if not 0 < ask.k <= K_MAX), None)
-            if wrong is None:
-                todo.append(i)
+    def execute(self, requests: list[Any]) -> None:
+        """Answer every request; those that wait for a position do so in a thread each.
+
+        They are batched with others and are more than there are instances: waiting in here would
+        hold up everybody. Their number is bounded by Triton's queue and the clients' slots.
+        """
+        quick: list[tuple[Any, list[Ask]]] = []
+        for request in requests:
+            sender, asks = request.get_response_sender(), read_asks(request)
+            wrong = next((ask for ask in asks if not 0 < ask.k <= K_MAX), None)
+            if wrong is not None:
+                send(sender, refuse(f"k={wrong.k}; ask for 1 to {K_MAX} items"))
+            elif any(ask.min_partition >= 0 for ask in asks):
+                self.waiting.submit(self._answer, [(sender, asks)])
             else:
-                responses[i] = refuse(f"k={wrong.k}; ask for 1 to {K_MAX} items")
-        for waiting in (False, True):
-            chosen = [i for i in todo if any(a.min_partition >= 0 for a in asks[i]) is waiting]
-            flat = [ask for i in chosen for ask in asks[i]]
-            answers = iter(answer(flat, self.live, retrieve, now_ms()) if flat else [])
-            for i in chosen:
-                responses[i] = respond([next(answers) for _ in asks[i]], asks[i])
-        return responses
+                quick.append((sender, asks))
+        if quick:
+            self._answer(quick)
+
+    def _answer(self, group: list[tuple[Any, list[Ask]]]) -> None:
+        flat = [ask for _, asks in group for ask in asks]
+        try:
+            answers = iter(answer(flat, self.live, retrieve, now_ms()))
+            responses = [respond([next(answers) for _ in asks], asks) for _, asks in group]
+        except Exception as error:  # a request without a response would stay in Triton for ever
+            log.exception("not answered")
+            responses = [fail(f"{type(error).__name__}: {error}") for _ in group]
+        for (sender, _), response in zip(group, responses, strict=True):
+            send(sender, response)
 
     def finalize(self) -> None:
-        """Stop following."""
+        """Let those that wait have their answer, and stop following."""
+        self.waiting.shutdown()
         self.live.stop()
+
+
+def send(sender: Any, response: Any) -> None:  # noqa: ANN401 - Triton's objects are untyped
+    """Send a request's one response."""
+    sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
 def read_asks(request: Any) -> list[Ask]:  # noqa: ANN401 - Triton's objects are untyped
@@ -115,6 +140,11 @@ def refuse(message: str) -> Any:  # noqa: ANN401 - Triton's objects are untyped
     return pb_utils.InferenceResponse(
         output_tensors=[], error=pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG)
     )
+
+
+def fail(message: str) -> Any:  # noqa: ANN401 - Triton's objects are untyped
+    """Return an error response that blames the server."""
+    return pb_utils.InferenceResponse(output_tensors=[], error=pb_utils.TritonError(message))
 
 
 def respond(answers: list[Answered], asks: list[Ask]) -> Any:  # noqa: ANN401 - untyped

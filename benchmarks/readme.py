@@ -1,0 +1,71 @@
+"""`make figures`: write the figures of benchmarks/results into README.md, and nothing by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+RESULTS: Final = ROOT / "benchmarks" / "results"
+BLOCK: Final = re.compile(r"<!-- figures:(\S+) -->\n.*?<!-- /figures -->", re.DOTALL)
+# What each figure of a result is called for people: (figure, words).
+ROWS: Final = {
+    "demo": (
+        ("events", "real events published, acknowledged and kept"),
+        ("events_per_s", "events/s, first send to last one in Redis, lake written beside it"),
+        (
+            "freshness_p50_ms",
+            "freshness p50, broker acknowledgement to Redis, at 200 events/s (ms)",
+        ),
+        ("freshness_p99_ms", "freshness p99 (ms)"),
+        ("click_to_answer_ms", "acknowledged click to an answer that has seen it (ms)"),
+        ("request_p50_ms", "request p50 over gRPC, one client (ms)"),
+        ("request_p99_ms", "request p99 (ms)"),
+        ("hr10_model", "HR@10 of the model"),
+        ("hr10_own_frequency", "HR@10 of own frequency, last 256"),
+        ("hr10_own_decayed", "HR@10 of own frequency, recency-weighted"),
+        ("hr10_popularity", "HR@10 of popularity, renewed daily"),
+        ("ndcg10_model", "NDCG@10 of the model"),
+        ("ndcg10_own_frequency", "NDCG@10 of own frequency, last 256"),
+        ("ndcg10_own_decayed", "NDCG@10 of own frequency, recency-weighted"),
+        ("ndcg10_popularity", "NDCG@10 of popularity"),
+        ("seconds_total", "the whole demo, installs apart (s)"),
+    ),
+}
+
+
+def block(name: str) -> str:
+    """Return the table of one result, as it stands in the README."""
+    result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    machine = result["machine"]
+    lines = [
+        f"<!-- figures:{name} -->",
+        f"`{result['command']}` on {machine['cores']} cores ({machine['cpu']}), "
+        f"{machine['memory_gib']} GiB, commit {result['commit']}; every server on the same cores:",
+        "",
+        "| what | figure |",
+        "|---|---|",
+    ]
+    figures = result["figures"]
+    lines += [f"| {words} | {figures[figure]:,} |" for figure, words in ROWS[name]]
+    lines += ["", f"Raw: [benchmarks/results/{name}.json](benchmarks/results/{name}.json)."]
+    return "\n".join([*lines, "<!-- /figures -->"])
+
+
+def rendered(readme: str) -> str:
+    """Return the README with every block as the results say."""
+    return BLOCK.sub(lambda found: block(found[1]), readme)
+
+
+def main() -> int:
+    """Rewrite README.md."""
+    path = ROOT / "README.md"
+    path.write_text(rendered(path.read_text(encoding="utf-8")), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

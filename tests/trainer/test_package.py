@@ -1,0 +1,29 @@
+"""A package read back ranks as the model that was exported, from raw features alone."""
+
+from pathlib import Path
+
+import numpy as np
+
+from trainer.evaluate import TOP_K, held_out_groups, model_ranker
+from trainer.export import Provenance, export
+from trainer.package import Package
+from trainer.train import Trained
+
+
+def test_a_package_ranks_as_its_model(trained: Trained, tmp_path: Path) -> None:
+    provenance = Provenance(
+        name="gems",
+        created_ms=1,
+        window_from={"0": 0},
+        window_to={"0": 1},
+        feature_schema_hash="0" * 16,
+        metrics={},
+    )
+    export(trained, tmp_path / "1", provenance)
+    package = Package.load(tmp_path / "1")
+    source = package.source(trained.source.log)
+    groups = held_out_groups(source.log, trained.groups, split_ms=trained.split_ms, seed=1)
+    of_model = model_ranker(trained.model, trained.source)(groups)
+    of_package = package.ranker(source)(groups)
+    assert np.array_equal(of_package[:, :TOP_K], of_model[:, :TOP_K])
+    assert (of_package[:, 0] > 0).all()
