@@ -1,5 +1,6 @@
 # The only list of commands. Everything is installed into .venv and .local-stack of this folder.
-#   make demo [KEEP=1] [KAFKA_HOME=...]   the main job on real data and real servers
+#   make demo [KEEP=1] [RECORD=1] [KAFKA_HOME=...]
+#                                         the main job on real data and real servers
 #   make test                             every test, against the real servers
 #   make check                            format, lint, types, import contracts (under 60 s)
 #   make figures                          benchmarks/results into README.md
@@ -8,12 +9,13 @@
 PYTHON ?= python3.11
 TORCH_SPEC ?= torch==2.13.0
 KEEP ?=
+RECORD ?=
 BIN := .venv/bin
 
 .PHONY: demo test check format figures up down clean
 
 demo: .venv/stamp-local
-	$(BIN)/moveline demo $(if $(KEEP),--keep)
+	$(BIN)/moveline demo $(if $(KEEP),--keep) $(if $(RECORD),--record)
 
 test: .venv/stamp-dev
 	$(BIN)/python -m pytest

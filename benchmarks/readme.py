@@ -18,7 +18,7 @@ ROWS: Final = {
         ("events_per_s", "events/s, first send to last one in Redis, lake written beside it"),
         (
             "freshness_p50_ms",
-            "freshness p50, broker acknowledgement to Redis, at 200 events/s (ms)",
+            "freshness p50, acknowledgement to Redis, at 200 events/s (ms)",
         ),
         ("freshness_p99_ms", "freshness p99 (ms)"),
         ("click_to_answer_ms", "acknowledged click to an answer that has seen it (ms)"),
@@ -41,10 +41,10 @@ def block(name: str) -> str:
     """Return the table of one result, as it stands in the README."""
     result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     machine = result["machine"]
+    where = f"{machine['cores']} cores ({machine['cpu']}), {machine['memory_gib']} GiB"
     lines = [
         f"<!-- figures:{name} -->",
-        f"`{result['command']}` on {machine['cores']} cores ({machine['cpu']}), "
-        f"{machine['memory_gib']} GiB, commit {result['commit']}; every server on the same cores:",
+        f"`{result['command']}` on {where}, every server on the same cores:",
         "",
         "| what | figure |",
         "|---|---|",

@@ -113,6 +113,9 @@ def demo(
     keep: Annotated[
         bool, typer.Option("--keep", help="Leave the stack up and print what to try next.")
     ] = False,
+    record: Annotated[
+        bool, typer.Option("--record", help="Keep the figures under benchmarks/results.")
+    ] = False,
     kafka_home: Annotated[
         Path | None,
         typer.Option(
@@ -137,7 +140,13 @@ def demo(
     settings = options.settings_of(config, run_dir=run_dir)
     run_demo(
         settings,
-        DemoOptions(keep=keep, kafka_home=kafka_home, num_lines_min=lines, train_budget_s=budget),
+        DemoOptions(
+            keep=keep,
+            record=record,
+            kafka_home=kafka_home,
+            num_lines_min=lines,
+            train_budget_s=budget,
+        ),
     )
 
 
