@@ -178,7 +178,8 @@ class Demo:
 
         def held() -> Mapping[int, int]:
             if name == "worker":
-                return committed(kafka, group_of(self.settings.generation_number), topics.events)
+                group = group_of(topics, self.settings.generation_number)
+                return committed(kafka, group, topics.events)
             files = lake.list_files(self.settings.lake.path, topics.events)
             return {file.partition: file.end + 1 for file in files}
 

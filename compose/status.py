@@ -63,7 +63,7 @@ def _stack(settings: Settings, console: Console) -> None:
 
 def _topics(settings: Settings, console: Console) -> None:
     kafka, topics = kafka_of(settings)
-    group = group_of(settings.generation_number)
+    group = group_of(topics, settings.generation_number)
     done = committed(kafka, group, topics.events)
     table = Table(
         "topic",

@@ -13,6 +13,7 @@ from compose.errors import ComposeError
 from compose.serving import flip
 from features import lake
 from features.clock import now_ms
+from features.errors import SchemaMismatchError
 from features.redis import CatalogueStore, Trending, connect
 from features.schema import schema_hash
 from scoring.signature import K_MAX, RETRIEVAL_MODEL
@@ -20,7 +21,7 @@ from scoring.triton import TritonServer
 from trainer.baselines import own_frequency, popularity, recency_weighted
 from trainer.dataset import EventLog, label_groups
 from trainer.evaluate import held_out_groups, judge, model_ranker
-from trainer.export import MANIFEST_FILE, Provenance, export
+from trainer.export import MANIFEST_FILE, Provenance, export, verify
 from trainer.models.gems import GemsConfig
 from trainer.package import Package
 from trainer.publish import publish
@@ -162,10 +163,12 @@ def publish_package(settings: Settings, package: Path) -> Live:
     """Return once the package is a version that every answer follows.
 
     Raises:
+        SchemaMismatchError: the package was built for other features than the generation has.
         TrainerError: see trainer.publish.
         FlipNotSeenError: answers did not follow the pointers.
     """
     started = time.monotonic()
+    refuse_other_schema(settings, verify(package))
     with TritonServer(settings.triton.grpc) as server:
         published = publish(package, settings.model_repository, server)
     ready_s = time.monotonic() - started
@@ -174,6 +177,22 @@ def publish_package(settings: Settings, package: Path) -> Live:
     kafka, topics = kafka_of(settings)
     flip(settings, kafka, topics, published.version)
     return Live(published.version, published.parity, ready_s, time.monotonic() - started)
+
+
+def refuse_other_schema(settings: Settings, manifest: Mapping[str, object]) -> None:
+    """Return if the package reads the features that the generation's state holds.
+
+    Raises:
+        SchemaMismatchError: it does not.
+    """
+    store, _ = stores_of(settings)
+    held, wanted = schema_hash(store.config), manifest["feature_schema_hash"]
+    if held != wanted:
+        raise SchemaMismatchError(
+            f"the package was trained on features {wanted}, generation g{store.generation} has "
+            f"{held}: train on this generation with `moveline train`, or publish for another one "
+            "with MOVELINE_GENERATION."
+        )
 
 
 # What counts as trending until the near-line windows take over: the newest week of the log.

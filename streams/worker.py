@@ -46,9 +46,9 @@ LAG_INTERVAL_S: Final = 2.0
 DEAD_LETTER_TIMEOUT_S: Final = 30.0
 
 
-def group_of(generation: int) -> str:
-    """Return the consumer group that keeps a generation up to date."""
-    return f"moveline-g{generation}"
+def group_of(topics: Topics, generation: int) -> str:
+    """Return the consumer group that keeps a generation of an installation up to date."""
+    return f"{topics.prefix}-g{generation}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ class Worker:
         self.store.claim_generation()
         self._restore_pointers()
         run = _Run(self, Processor(self.store, self.store.config), make_producer(self.kafka))
-        group = group_of(self.store.generation)
+        group = group_of(self.topics, self.store.generation)
         consumer = make_consumer(self.kafka, group=group, instance=self.config.instance)
         topics = [self.topics.events, self.topics.items]
         consumer.subscribe(

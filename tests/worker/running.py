@@ -91,7 +91,7 @@ def running(
 
 def caught_up(kafka: KafkaConfig, topics: Topics, generation: int) -> bool:
     """Return whether the generation's group has committed everything the topic holds."""
-    done = committed(kafka, group_of(generation), topics.events)
+    done = committed(kafka, group_of(topics, generation), topics.events)
     ends = end_offsets(kafka, topics.events)
     return all(done.get(partition, 0) >= end for partition, end in ends.items())
 
