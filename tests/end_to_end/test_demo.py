@@ -53,14 +53,15 @@ def folder(tmp_path: Path) -> Path:
 def demo(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "MOVELINE_RUN_DIR": str(folder / "run")}
     environment.pop("KAFKA_HOME", None)
-    return subprocess.Popen(
-        [str(Path(sys.executable).with_name("moveline")), "demo", *arguments],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=(folder / "demo.log").open("w"),
-        text=True,
-    )
+    with (folder / "demo.log").open("w") as log:
+        return subprocess.Popen(
+            [str(Path(sys.executable).with_name("moveline")), "demo", *arguments],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
 
 
 def nothing_runs(folder: Path) -> bool:
