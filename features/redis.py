@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 import redis
@@ -94,6 +95,31 @@ class Trending:
     scores: tuple[float, ...]
 
 
+class BucketWrite(NamedTuple):
+    """Users of one bucket whose events came from one partition, and the checkpoint after them."""
+
+    bucket: int
+    source: int
+    partition: int
+    expected: int  # -1: no checkpoint yet
+    advance_to: int
+    rows: Mapping[int, RowWrite]
+
+
+WRITTEN: Final = 1
+CHECKPOINT_DIFFERS: Final = 0
+
+
+@cache
+def _script() -> bytes:
+    return files("features").joinpath("lua/write_bucket.lua").read_bytes()
+
+
+@cache
+def _script_digest() -> str:
+    return hashlib.sha1(_script(), usedforsecurity=False).hexdigest()
+
+
 @dataclass(frozen=True)
 class StateStore:
     """State of one generation in Redis."""
@@ -142,10 +168,6 @@ class StateStore:
                 f"{self.config.to_json()!r}: use the recorded rules, or another generation."
             )
 
-    @cached_property
-    def _write_script(self) -> bytes:
-        return files("features").joinpath("lua/write_state.lua").read_bytes()
-
     def load(self, user_ids: Sequence[int]) -> dict[int, UserState]:
         """Return each user's whole state, EMPTY_STATE for users Redis does not know.
 
@@ -162,43 +184,53 @@ class StateStore:
             for user, row in zip(user_ids, rows, strict=True)
         }
 
-    def write(self, writes: Mapping[int, RowWrite]) -> list[int]:
-        """Write every state by compare-and-set; return the users whose write was refused.
+    def write_buckets(self, writes: Sequence[BucketWrite]) -> list[int]:
+        """Write each bucket whole or not at all; return a reply for each.
 
-        A refused user's state moved on since the change was computed: drop what you cached, load
-        again, step again.
+        WRITTEN, or what differed from what the write was computed from: CHECKPOINT_DIFFERS when
+        Redis is older or another worker wrote, a negative number for a user's row.
 
         Raises:
-            StoreError: Redis did not answer or is full; some states may be written.
+            StoreError: Redis did not answer or is full; some buckets may be written.
         """
-        digest = self._script_digest
-        commands = [
-            (
-                "EVALSHA",
-                digest,
-                2,
-                keys.row_key(self.generation, user),
-                keys.chunks_key(self.generation, user),
-                write.expected,
-                write.keep,
-                write.data,
-                POSITION_FROM_END,
-                *write.chunks,
-            )
-            for user, write in writes.items()
-        ]
+        commands = [self._bucket_command(write) for write in writes]
         try:
-            replies = self._pipelined(commands, "writing states")
+            return self._pipelined(commands, "writing states")
         except _ScriptMissingError:
             with _mapped_errors("loading the write script"):
-                _run(self.client, "SCRIPT LOAD", self._write_script)
-            replies = self._pipelined(commands, "writing states")
-        return [user for user, reply in zip(writes, replies, strict=True) if reply == 0]
+                _run(self.client, "SCRIPT LOAD", _script())
+            return self._pipelined(commands, "writing states")
 
-    @cached_property
-    def _script_digest(self) -> str:
-        with _mapped_errors("loading the write script"):
-            return str(_run(self.client, "SCRIPT LOAD", self._write_script))
+    def _bucket_command(self, write: BucketWrite) -> tuple[Any, ...]:
+        names = [keys.checkpoints_key(self.generation, write.bucket)]
+        values: list[Any] = [
+            b"%d:%d" % (write.source, write.partition),
+            b"" if write.expected < 0 else b"%d" % write.expected,
+            write.advance_to,
+            POSITION_FROM_END,
+        ]
+        for user, row in write.rows.items():
+            names.append(keys.row_key(self.generation, user))
+            names.append(keys.chunks_key(self.generation, user))
+            values += (row.expected, row.keep, row.data, len(row.chunks), *row.chunks)
+        return ("EVALSHA", _script_digest(), len(names), *names, *values)
+
+    def read_checkpoints(self, source: int, partitions: Sequence[int]) -> dict[int, list[int]]:
+        """Return for each partition the next offset of each bucket, -1 where there is none."""
+        fields = [b"%d:%d" % (source, partition) for partition in partitions]
+        if not fields:
+            return {}
+        replies = self._pipelined(
+            [
+                ("HMGET", keys.checkpoints_key(self.generation, bucket), *fields)
+                for bucket in range(keys.NUM_BUCKETS)
+            ],
+            "reading checkpoints",
+        )
+        return {
+            partition: [-1 if reply[i] is None else int(reply[i]) for reply in replies]
+            for i, partition in enumerate(partitions)
+        }
 
     def read_rows(
         self, user_ids: Sequence[int], *, newest: int | None = None
@@ -238,10 +270,9 @@ class StateStore:
 
 
 class _ScriptMissingError(StoreError):
-    """Redis restarted and forgot the script: load it and run the pipeline again.
+    """Redis does not know the script: load it and run the pipeline again.
 
-    Running the whole pipeline twice is safe: what was written refuses its second write, and a
-    refused user is loaded again.
+    Running the whole pipeline twice is safe: a bucket that was written refuses its second write.
     """
 
 
@@ -297,6 +328,17 @@ class CatalogueStore:
             values += ["model_version", pointers.model_version]
         with _mapped_errors("writing pointers"):
             _run(self.client, "HSET", keys.POINTERS_KEY, *values)
+
+    def put_items_read(self, partition: int, offset: int) -> None:
+        """Remember up to where the items topic is applied."""
+        with _mapped_errors("writing the catalogue's position"):
+            _run(self.client, "HSET", keys.ITEMS_READ_KEY, partition, offset)
+
+    def get_items_read(self) -> dict[int, int]:
+        """Return up to where the items topic is applied, by partition."""
+        with _mapped_errors("reading the catalogue's position"):
+            raw = _run(self.client, "HGETALL", keys.ITEMS_READ_KEY)
+        return {int(partition): int(offset) for partition, offset in raw.items()}
 
     def get_pointers(self) -> Pointers | None:
         """Return what is live, None before anything was published."""

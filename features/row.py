@@ -42,7 +42,7 @@ _NO_SESSION: Final = _SESSION.pack(*[0] * (5 + ACTIONS_MAX))
 
 
 class RowWrite(NamedTuple):
-    """What to write so that Redis holds the new state: see features/lua/write_state.lua."""
+    """One user's part of a bucket write: see features/lua/write_bucket.lua."""
 
     expected: bytes  # position the change was computed from, empty when there was no row
     keep: int  # bytes of the old row that stay; -1 replaces the row
@@ -52,7 +52,7 @@ class RowWrite(NamedTuple):
 
 def encode_position(position: Position) -> bytes:
     """Return the 16 bytes the write script compares."""
-    return _POSITION.pack(*position)
+    return _POSITION.pack(position.source, position.partition, position.offset)
 
 
 def _encode_end(state: UserState, num_actions: int) -> bytes:
@@ -65,7 +65,7 @@ def _encode_end(state: UserState, num_actions: int) -> bytes:
         packed_session = _SESSION.pack(*current[:5], *current.action_counts, *padding)
     body = (
         packed_session
-        + _POSITION.pack(*state.position)
+        + encode_position(state.position)
         + _COUNTS.pack(
             state.append_time_ms,
             state.next_ordinal,

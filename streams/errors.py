@@ -138,3 +138,15 @@ class UndeliveredError(DeliveryError):
     def __init__(self, message: str, *, events: tuple[Event, ...]) -> None:
         super().__init__(message)
         self.events = events
+
+
+class WorkerStuckError(StreamError):
+    """Records wait and none is read: a fresh process is the way out."""
+
+    retriable = True
+
+
+class OutOfStepError(StreamError):
+    """Redis does not stand where this worker left it; reading its checkpoints again mends that."""
+
+    retriable = True
