@@ -38,6 +38,7 @@ DEPARTED_BYTES: Final = _DEPARTED.size
 # The position's bytes, counted from the end of the row: what the write script compares.
 POSITION_FROM_END: Final = _POSITION.size + _COUNTS.size + _END.size
 POSITION_BYTES: Final = _POSITION.size
+_PADDING: Final = tuple((0,) * (ACTIONS_MAX - used) for used in range(ACTIONS_MAX + 1))
 _NO_SESSION: Final = _SESSION.pack(*[0] * (5 + ACTIONS_MAX))
 
 
@@ -57,12 +58,13 @@ def encode_position(position: Position) -> bytes:
 
 def _encode_end(state: UserState, num_actions: int) -> bytes:
     """Return departed ids and trailer."""
-    departed = b"".join(_DEPARTED.pack(*d) for d in state.departed)
     current = state.user_session
     packed_session = _NO_SESSION
     if current is not None:
-        padding = [0] * (ACTIONS_MAX - len(current.action_counts))
-        packed_session = _SESSION.pack(*current[:5], *current.action_counts, *padding)
+        which, start_ms, last_ms, num_events, dwell_ms, counts = current
+        packed_session = _SESSION.pack(
+            which, start_ms, last_ms, num_events, dwell_ms, *counts, *_PADDING[len(counts)]
+        )
     body = (
         packed_session
         + encode_position(state.position)
@@ -77,7 +79,10 @@ def _encode_end(state: UserState, num_actions: int) -> bytes:
             num_actions,
         )
     )
-    return departed + body + _END.pack(zlib.crc32(body), ROW_FORMAT, MAGIC)
+    end = body + _END.pack(zlib.crc32(body), ROW_FORMAT, MAGIC)
+    if state.departed:
+        return b"".join(_DEPARTED.pack(*d) for d in state.departed) + end
+    return end
 
 
 def encode_row(state: UserState, num_actions: int) -> bytes:

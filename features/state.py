@@ -167,7 +167,8 @@ class _Work:
         self.state = state
         self.config = config
         self.tail = bytearray(state.tail)
-        self.window = state.window
+        self.window = bytearray(state.window)
+        self.window_bytes = config.dedup_window * _HASH_BYTES
         self.departed = state.departed
         self.last: Accepted | None = None
         self.position = state.position
@@ -186,12 +187,13 @@ class _Work:
             self.num_skipped += 1
             return
         packed_hash = event.event_hash.to_bytes(_HASH_BYTES, "little")
-        if packed_hash in self.window and _contains(self.window, packed_hash):
+        window = self.window
+        if _contains(window, packed_hash, max(0, len(window) - self.window_bytes)):
             self.num_duplicates += 1
             return
         assert self.ordinal < ORDINAL_MAX
         self._insert(event)
-        self.window = (self.window + packed_hash)[-self.config.dedup_window * _HASH_BYTES :]
+        window += packed_hash
         self.num_late += self.user_session.take(event, self.ordinal)
         self.last = event
         self.position = event.position
@@ -248,7 +250,7 @@ class _Work:
                 user_session=self.user_session.closed(),
                 tail=bytes(self.tail),
                 departed=self.departed,
-                window=self.window,
+                window=bytes(self.window[-self.window_bytes :]),
             )
         return Change(
             after, self.keep, tuple(self.chunks), applied, self.num_duplicates, self.num_skipped
@@ -272,8 +274,9 @@ def _follows(last: Position, new: Position) -> bool:
     return new.offset > last.offset
 
 
-def _contains(window: bytes, packed_hash: bytes) -> bool:
-    at = window.find(packed_hash)
+def _contains(window: bytearray, packed_hash: bytes, start: int) -> bool:
+    """Return whether a hash is in the window from byte `start` on, at a whole place."""
+    at = window.find(packed_hash, start)
     while at >= 0 and at % _HASH_BYTES:
         at = window.find(packed_hash, at + 1)
     return at >= 0
