@@ -46,6 +46,11 @@ def generation_key(generation: int) -> str:
     return f"{PREFIX}:generation:g{generation}"
 
 
+def built_key(generation: int) -> str:
+    """Return the key of how a replay builds a generation."""
+    return f"{generation_key(generation)}:built"
+
+
 POINTERS_KEY: Final = f"{PREFIX}:pointers"
 ITEMS_READ_KEY: Final = f"{PREFIX}:items-read"
 DOMAINS_KEY: Final = f"{PREFIX}:domains"

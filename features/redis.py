@@ -42,7 +42,8 @@ PIPELINE_MAX: Final = 2_000
 
 
 @contextmanager
-def _mapped_errors(doing: str) -> Iterator[None]:
+def mapped_errors(doing: str) -> Iterator[None]:
+    """Inside the block, what Redis raises becomes an error of ours that says what was tried."""
     try:
         yield
     except (RedisConnectionError, RedisTimeoutError) as error:
@@ -69,9 +70,10 @@ def connect(url: str, *, timeout_s: float = TIMEOUT_S_DEFAULT) -> redis.Redis:
     )
 
 
-def _run(client: redis.Redis, *command: str | bytes | float) -> Any:  # noqa: ANN401 - Redis replies
-    execute: Callable[..., Any] = client.execute_command
-    return execute(*command)
+def execute(client: redis.Redis, *command: str | bytes | float) -> Any:  # noqa: ANN401 - Redis replies
+    """Return the reply to one command; the library's own type of it says nothing."""
+    run: Callable[..., Any] = client.execute_command
+    return run(*command)
 
 
 def _queue(pipeline: Pipeline, *command: str | bytes | float) -> None:
@@ -116,6 +118,11 @@ def _script() -> bytes:
 
 
 @cache
+def _advance_items() -> bytes:
+    return files("features").joinpath("lua/advance_items.lua").read_bytes()
+
+
+@cache
 def _script_digest() -> str:
     return hashlib.sha1(_script(), usedforsecurity=False).hexdigest()
 
@@ -134,8 +141,8 @@ class StateStore:
         Raises:
             StoreUnavailableError: it does not.
         """
-        with _mapped_errors("pinging"):
-            _run(self.client, "PING")
+        with mapped_errors("pinging"):
+            execute(self.client, "PING")
 
     def refuse_eviction(self) -> None:
         """Return if Redis keeps what it is given.
@@ -143,8 +150,8 @@ class StateStore:
         Raises:
             UnsafeStoreError: a maxmemory-policy other than noeviction.
         """
-        with _mapped_errors("reading maxmemory-policy"):
-            reply = _run(self.client, "CONFIG GET", "maxmemory-policy")
+        with mapped_errors("reading maxmemory-policy"):
+            reply = execute(self.client, "CONFIG GET", "maxmemory-policy")
         policy = reply.get("maxmemory-policy", reply.get(b"maxmemory-policy"))
         if policy not in {"noeviction", b"noeviction"}:
             raise UnsafeStoreError(
@@ -159,9 +166,9 @@ class StateStore:
             SchemaMismatchError: the generation was built under other rules.
         """
         key = keys.generation_key(self.generation)
-        with _mapped_errors("claiming the generation"):
-            _run(self.client, "SET", key, self.config.to_json(), "NX")
-            recorded = _run(self.client, "GET", key)
+        with mapped_errors("claiming the generation"):
+            execute(self.client, "SET", key, self.config.to_json(), "NX")
+            recorded = execute(self.client, "GET", key)
         if recorded != self.config.to_json():
             raise SchemaMismatchError(
                 f"generation g{self.generation} was built with {recorded!r}, this worker has "
@@ -197,8 +204,8 @@ class StateStore:
         try:
             return self._pipelined(commands, "writing states")
         except _ScriptMissingError:
-            with _mapped_errors("loading the write script"):
-                _run(self.client, "SCRIPT LOAD", _script())
+            with mapped_errors("loading the write script"):
+                execute(self.client, "SCRIPT LOAD", _script())
             return self._pipelined(commands, "writing states")
 
     def _bucket_command(self, write: BucketWrite) -> tuple[Any, ...]:
@@ -258,13 +265,13 @@ class StateStore:
             pipeline = self.client.pipeline(transaction=False)
             for command in commands[start : start + PIPELINE_MAX]:
                 _queue(pipeline, *command)
-            with _mapped_errors(doing):
+            with mapped_errors(doing):
                 replies += pipeline.execute(raise_on_error=False)
         for reply in replies:
             if isinstance(reply, NoScriptError):
                 raise _ScriptMissingError(str(reply))
             if isinstance(reply, ResponseError):
-                with _mapped_errors(doing):
+                with mapped_errors(doing):
                     raise reply
         return replies
 
@@ -284,7 +291,7 @@ class CatalogueStore:
 
     def put_items(self, items: Iterable[Item]) -> None:
         """Store catalogue entries; the last one of an item wins (its topic is compacted)."""
-        with _mapped_errors("writing items"):
+        with mapped_errors("writing items"):
             pipeline = self.client.pipeline(transaction=False)
             for item in items:
                 field = b"%d" % item.item_id
@@ -295,7 +302,7 @@ class CatalogueStore:
 
     def get_items(self, item_ids: Sequence[int]) -> list[Item | None]:
         """Return the entries in the order asked, None where the catalogue has none."""
-        with _mapped_errors("reading items"):
+        with mapped_errors("reading items"):
             pipeline = self.client.pipeline(transaction=False)
             for item_id in item_ids:
                 _queue(pipeline, "HGET", keys.items_key(item_id), b"%d" % item_id)
@@ -304,21 +311,21 @@ class CatalogueStore:
 
     def withdrawn(self) -> set[int]:
         """Return the ids of items that must not be recommended."""
-        with _mapped_errors("reading withdrawn items"):
-            return {int(raw) for raw in _run(self.client, "SMEMBERS", keys.WITHDRAWN_KEY)}
+        with mapped_errors("reading withdrawn items"):
+            return {int(raw) for raw in execute(self.client, "SMEMBERS", keys.WITHDRAWN_KEY)}
 
     def put_domains(self, domains: Mapping[int, str]) -> None:
         """Remember which text a domain hash stands for."""
         if not domains:
             return
-        with _mapped_errors("writing domains"):
+        with mapped_errors("writing domains"):
             pairs = [part for code, text in domains.items() for part in (b"%d" % code, text)]
-            _run(self.client, "HSET", keys.DOMAINS_KEY, *pairs)
+            execute(self.client, "HSET", keys.DOMAINS_KEY, *pairs)
 
     def get_domains(self) -> dict[int, str]:
         """Return every known domain by its hash."""
-        with _mapped_errors("reading domains"):
-            raw = _run(self.client, "HGETALL", keys.DOMAINS_KEY)
+        with mapped_errors("reading domains"):
+            raw = execute(self.client, "HGETALL", keys.DOMAINS_KEY)
         return {int(code): text.decode() for code, text in raw.items()}
 
     def put_pointers(self, pointers: Pointers) -> None:
@@ -326,24 +333,32 @@ class CatalogueStore:
         values: list[str | int] = ["generation", pointers.generation]
         if pointers.model_version is not None:
             values += ["model_version", pointers.model_version]
-        with _mapped_errors("writing pointers"):
-            _run(self.client, "HSET", keys.POINTERS_KEY, *values)
+        with mapped_errors("writing pointers"):
+            execute(self.client, "HSET", keys.POINTERS_KEY, *values)
 
     def put_items_read(self, partition: int, offset: int) -> None:
         """Remember up to where the items topic is applied."""
-        with _mapped_errors("writing the catalogue's position"):
-            _run(self.client, "HSET", keys.ITEMS_READ_KEY, partition, offset)
+        with mapped_errors("writing the catalogue's position"):
+            execute(self.client, "HSET", keys.ITEMS_READ_KEY, partition, offset)
+
+    def advance_items_read(self, partition: int, *, expected: int, offset: int) -> bool:
+        """Remember up to where the items topic is applied; False if it stood elsewhere."""
+        with mapped_errors("writing the catalogue's position"):
+            script = _advance_items()
+            place = keys.ITEMS_READ_KEY, partition
+            reply = execute(self.client, "EVAL", script, 1, *place, expected, offset)
+        return bool(reply)
 
     def get_items_read(self) -> dict[int, int]:
         """Return up to where the items topic is applied, by partition."""
-        with _mapped_errors("reading the catalogue's position"):
-            raw = _run(self.client, "HGETALL", keys.ITEMS_READ_KEY)
+        with mapped_errors("reading the catalogue's position"):
+            raw = execute(self.client, "HGETALL", keys.ITEMS_READ_KEY)
         return {int(partition): int(offset) for partition, offset in raw.items()}
 
     def get_pointers(self) -> Pointers | None:
         """Return what is live, None before anything was published."""
-        with _mapped_errors("reading pointers"):
-            raw = _run(self.client, "HGETALL", keys.POINTERS_KEY)
+        with mapped_errors("reading pointers"):
+            raw = execute(self.client, "HGETALL", keys.POINTERS_KEY)
         if b"generation" not in raw:
             return None
         version = raw.get(b"model_version")
@@ -351,24 +366,24 @@ class CatalogueStore:
 
     def put_trending(self, trending: Trending) -> None:
         """Replace the trending items."""
-        with _mapped_errors("writing trending items"):
-            _run(self.client, "SET", keys.TRENDING_KEY, msgspec.json.encode(trending))
+        with mapped_errors("writing trending items"):
+            execute(self.client, "SET", keys.TRENDING_KEY, msgspec.json.encode(trending))
 
     def get_trending(self) -> Trending | None:
         """Return the trending items, None before there were any."""
-        with _mapped_errors("reading trending items"):
-            raw = _run(self.client, "GET", keys.TRENDING_KEY)
+        with mapped_errors("reading trending items"):
+            raw = execute(self.client, "GET", keys.TRENDING_KEY)
         return None if raw is None else msgspec.json.decode(raw, type=Trending)
 
     def recorded_config(self, generation: int) -> StateConfig | None:
         """Return the rules a generation was built with, None if it does not exist."""
-        with _mapped_errors("reading a generation's config"):
-            raw = _run(self.client, "GET", keys.generation_key(generation))
+        with mapped_errors("reading a generation's config"):
+            raw = execute(self.client, "GET", keys.generation_key(generation))
         return None if raw is None else config_from_json(raw)
 
 
 def count_users(client: redis.Redis, generation: int) -> int:
     """Return how many users a generation holds. Scans the keyspace: for people, not for code."""
-    with _mapped_errors("counting users"):
+    with mapped_errors("counting users"):
         pattern = f"{keys.PREFIX}:*:g{generation}:row:*"
         return sum(1 for _ in client.scan_iter(match=pattern, count=10_000))

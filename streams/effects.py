@@ -3,8 +3,8 @@
 What a crash between any two of them leaves, and how it heals: ARCHITECTURE.md, section 8.
 
   1. dead letters are acknowledged by the broker;
-  2. states, with their source position and their bucket's checkpoint, are acknowledged by Redis;
-  3. domains and items, which any later writing of the same puts right, are in Redis;
+  2. domains are in Redis: whatever earlier Redis comes back has those of the states it has;
+  3. states, with their source position and their bucket's checkpoint, are acknowledged by Redis;
   4. Kafka is told the offsets (the worker, now and then).
 """
 
@@ -21,7 +21,6 @@ from streams.micro_batch import sort_records
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from features.catalogue import Item
     from streams.micro_batch import DeadLetter, MicroBatch, Record
     from streams.processor import Processor, Report
 
@@ -41,10 +40,6 @@ class Catalogue(Protocol):
 
     def put_domains(self, domains: Mapping[int, str]) -> None:
         """Remember which text a domain hash stands for."""
-        ...
-
-    def put_items(self, items: Iterable[Item]) -> None:
-        """Store catalogue entries."""
         ...
 
 
@@ -74,9 +69,11 @@ class Effects:
 
     def apply_batch(self, batch: MicroBatch) -> Report:
         """Effects 2 and 3 of a micro-batch that is sorted already."""
+        new = {code: text for code, text in batch.domains.items() if code not in self.domains}
+        self.catalogue.put_domains(new)
         report = self.processor.apply(batch)
         acknowledged_ms = self.clock()
-        new = {code: text for code, text in batch.domains.items() if code not in self.domains}
+        # Again, for new domains are rare: Redis may have gone back since, to where the states fit.
         self.catalogue.put_domains(new)
         self.domains |= new.keys()
         self._count(batch, report, acknowledged_ms)

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
-from features.keys import NUM_BUCKETS, bucket_of
+from features.keys import bucket_of
 from features.redis import WRITTEN, BucketWrite
 from features.row import encode_write
 from features.state import UserState, step
@@ -136,6 +136,7 @@ class Processor:
         before = self._states_of(todo)
         loaded = time.perf_counter()
         changes = {user: step(before[user], events, self.config) for user, events in todo.items()}
+        self._refuse_ahead(changes)
         writes = self._bucket_writes(todo, before, changes, batch.ends)
         stepped = time.perf_counter()
         self._write(writes)
@@ -148,18 +149,26 @@ class Processor:
     def advance_idle(self, ends: Mapping[int, int]) -> None:
         """Bring the checkpoints of buckets without events up to `ends` (partition: next offset).
 
-        Also how a Redis that went back is noticed while nothing happens to a bucket. Raises as
-        `apply` does.
+        Also how a Redis that went back is noticed while nothing happens: a partition with nothing
+        to advance is read and compared. Raises as `apply` does.
         """
-        self._write(
-            [
-                BucketWrite(bucket, self.source, partition, held[bucket], end, {})
-                for partition, end in ends.items()
-                if (held := self.checkpoints.get(partition)) is not None
-                for bucket in range(NUM_BUCKETS)
-                if held[bucket] < end
-            ]
-        )
+        writes = [
+            BucketWrite(bucket, self.source, partition, held, end, {})
+            for partition, end in ends.items()
+            for bucket, held in enumerate(self.checkpoints.get(partition, ()))
+            if held < end
+        ]
+        self._write(writes)
+        self._compare(sorted(self.checkpoints.keys() - {write.partition for write in writes}))
+
+    def _compare(self, partitions: Sequence[int]) -> None:
+        for partition, found in self.states.read_checkpoints(self.source, partitions).items():
+            if found != self.checkpoints[partition]:
+                self.cache.clear()
+                raise OutOfStepError(
+                    f"partition {partition} does not stand where this worker left it: another "
+                    "worker wrote, or Redis went back."
+                )
 
     def _not_yet_applied(
         self, by_user: Mapping[int, list[Accepted]], report: Report
@@ -184,6 +193,20 @@ class Processor:
         loaded = self.states.load(missing) if missing else {}
         return {user: loaded[user] if state is None else state for user, state in found.items()}
 
+    def _refuse_ahead(self, changes: Mapping[int, Change]) -> None:
+        """Raise if a row already holds events that its bucket's checkpoint, as known here, has not.
+
+        Another worker wrote between the checkpoint and the row that were read. Were Redis to go
+        back now to where the checkpoint is true again, the events would be passed over.
+        """
+        ahead = [user for user, change in changes.items() if change.num_skipped]
+        if ahead:
+            self.cache.clear()
+            raise OutOfStepError(
+                f"{len(ahead)} of {len(changes)} users (first: {ahead[0]}) are ahead of where this "
+                "worker left them: another worker wrote."
+            )
+
     def _bucket_writes(
         self,
         todo: Mapping[int, Sequence[Accepted]],
@@ -195,9 +218,8 @@ class Processor:
         rows: dict[tuple[int, int], dict[int, RowWrite]] = {}
         for user, change in changes.items():
             place = (todo[user][0].position.partition, bucket_of(user))
-            into = rows.setdefault(place, {})
-            if change.num_applied:
-                into[user] = encode_write(before[user], change, num_actions)
+            # Also where all were duplicates: the row that this was judged by has to be the one.
+            rows.setdefault(place, {})[user] = encode_write(before[user], change, num_actions)
         return [
             BucketWrite(
                 bucket,
@@ -240,7 +262,6 @@ class Processor:
         for user, change in changes.items():
             report.num_applied += change.num_applied
             report.num_duplicates += change.num_duplicates
-            report.num_skipped += change.num_skipped
             report.num_late += change.state.num_late - before[user].num_late
             if change.state.next_ordinal:
                 self.cache.put(user, change.state)

@@ -10,14 +10,12 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-import msgspec
-
-from features.catalogue import Item, decode_item
 from features.errors import StoreFullError, StoreUnavailableError
 from streams.control import read_pointers
 from streams.dead_letters import DeadLetterProducer
 from streams.effects import Effects
 from streams.errors import OutOfStepError, StateContendedError, WorkerStuckError
+from streams.items import ItemsReader
 from streams.kafka import (
     KafkaConfig,
     KafkaException,
@@ -32,12 +30,12 @@ from streams.micro_batch import Record
 from streams.processor import Processor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable
     from pathlib import Path
     from threading import Event as StopEvent
 
     from features.redis import CatalogueStore, StateStore
-    from streams.kafka import Consumer, Message
+    from streams.kafka import Consumer, KafkaError, Message
     from streams.topics import Topics
 
 log = logging.getLogger("moveline.worker")
@@ -92,6 +90,7 @@ class Worker:
     catalogue: CatalogueStore
     config: WorkerConfig
     metrics: WorkerMetrics = field(default_factory=WorkerMetrics)
+    clock: Callable[[], float] = time.monotonic
 
     def run(self, stop: StopEvent) -> None:
         """Consume until `stop` is set, then bring every checkpoint up and leave the group.
@@ -150,47 +149,54 @@ class _Run:
     Attributes:
         owned: partitions that the group has given to this worker.
         unplaced: of those, the ones whose offset to read from is not known yet; they are paused.
-        pending: records read and not applied, because Redis was away.
-        done: the offset after the last applied record of each placed partition.
+        pending: by place, records read and not applied yet: the next ones, or Redis was away.
+        done: the offset after the last applied record of each placed partition, of no other.
         told: what Kafka was told of `done`.
+        items: what applies the items topic.
     """
 
     worker: Worker
     effects: Effects
     owned: set[Place] = field(default_factory=set)
     unplaced: set[Place] = field(default_factory=set)
-    pending: list[Message] = field(default_factory=list)
+    pending: dict[Place, list[Message]] = field(default_factory=dict)
     done: dict[Place, int] = field(default_factory=dict)
     told: dict[Place, int] = field(default_factory=dict)
+    items: ItemsReader = field(init=False)
     is_paused: bool = False
     num_out_of_step: int = 0
-    committed_at: float = field(default_factory=time.monotonic)
-    idle_at: float = field(default_factory=time.monotonic)
-    lag_at: float = 0.0
-    progress_at: float = field(default_factory=time.monotonic)
+    committed_at: float = field(init=False)
+    idle_at: float = field(init=False)
+    lag_at: float = float("-inf")
+    progress_at: float = field(init=False)
     last_total: int = -1
+
+    def __post_init__(self) -> None:
+        """Nothing is due yet."""
+        self.items = ItemsReader(self.worker.catalogue, self.worker.metrics)
+        self.committed_at = self.idle_at = self.progress_at = self.worker.clock()
 
     def turn(self, consumer: Consumer) -> None:
         """Take what there is through every effect; while Redis is away, wait for it."""
         try:
             self._place(consumer)
-            self._apply(self.pending)
-            self.pending = []
+            self._apply()
             self._resume(consumer)
             self._keep_checkpoints()
         except (StoreUnavailableError, StoreFullError) as error:
             self._pause(consumer, error)
             # Polling keeps the membership. A record that comes all the same is kept.
-            self.pending += [m for m in [consumer.poll(RETRY_S)] if m is not None]
+            message = consumer.poll(RETRY_S)
+            self._take(consumer, [] if message is None else [message])
             return
         except OutOfStepError as error:
             self._lose_place(consumer, error)
             return
         config = self.worker.config
-        self.pending = list(consumer.consume(config.batch_max, config.batch_wait_s))
-        if time.monotonic() - self.committed_at > COMMIT_INTERVAL_S:
+        self._take(consumer, consumer.consume(config.batch_max, config.batch_wait_s))
+        if self.worker.clock() - self.committed_at > COMMIT_INTERVAL_S:
             self._commit(consumer)
-        if time.monotonic() - self.lag_at > LAG_INTERVAL_S:
+        if self.worker.clock() - self.lag_at > LAG_INTERVAL_S:
             self._measure_lag(consumer)
 
     def finish(self, consumer: Consumer) -> None:
@@ -201,69 +207,77 @@ class _Run:
             log.warning("checkpoints of idle buckets stay behind: %s", error)
         self._commit(consumer)
 
-    def _apply(self, messages: Sequence[Message]) -> None:
-        records: list[Record] = []
-        items: list[Message] = []
+    def _take(self, consumer: Consumer, messages: Iterable[Message]) -> None:
+        """Keep the records that continue what was applied.
+
+        A rebalance while they were fetched may have taken their partition and given it back, to be
+        read from elsewhere: only what was read since its place was found counts.
+        """
         for message in messages:
-            self._refuse_fatal(message)
-            place = _place_of(message)
-            if message.error() is not None or place not in self.owned or place in self.unplaced:
+            error = message.error()
+            if error is not None:
+                self._refuse_fatal(error)
                 continue
-            if place[0] == self.worker.topics.items:
-                items.append(message)
-            else:
-                records.append(to_record(message))
+            place = _place_of(message)
+            if place in self.done:
+                self.pending.setdefault(place, []).append(message)
+        jumped = [place for place in self.pending if self._has_jumped(consumer, place)]
+        if jumped:
+            log.warning("Kafka no longer has the next offsets of %s", jumped)
+            self._unplace(consumer, jumped)
+
+    def _has_jumped(self, consumer: Consumer, place: Place) -> bool:
+        """Return whether Kafka deleted records before they were read: the consumer skips those.
+
+        Offsets that hold no record (transaction markers) look alike, hence the question to Kafka.
+        """
+        if place[0] != self.worker.topics.events:
+            return False
+        waiting, start = self.pending[place], self.done[place]
+        if _offset_of(waiting[-1]) + 1 - start == len(waiting):
+            return False
+        low, _ = consumer.get_watermark_offsets(TopicPartition(*place), timeout=RETRY_S * 20)
+        return low > start
+
+    def _apply(self) -> None:
+        events = self.worker.topics.events
+        records = [
+            to_record(message)
+            for place, messages in self.pending.items()
+            if place[0] == events
+            for message in messages
+        ]
         if records:
             self.effects.apply(records)
             self.num_out_of_step = 0
-        self._apply_items(items)
-        for message in messages:
-            place = _place_of(message)
-            if message.error() is None and place in self.done:
-                self.done[place] = _offset_of(message) + 1
+        for place, messages in self.pending.items():
+            if place[0] != events:
+                self.items.apply(messages)
+            self.done[place] = _offset_of(messages[-1]) + 1
+        self.pending = {}
 
-    def _refuse_fatal(self, message: Message) -> None:
-        error = message.error()
-        if error is None:
-            return
+    def _refuse_fatal(self, error: KafkaError) -> None:
         if error.fatal():
             raise KafkaException(error)
         log.warning("Kafka: %s", error)
-
-    def _apply_items(self, messages: list[Message]) -> None:
-        items: list[Item] = []
-        for message in messages:
-            try:
-                items.append(_to_item(message))
-            except (msgspec.MsgspecError, ValueError) as error:
-                log.warning("item at offset %s is not readable: %s", message.offset(), error)
-                self.worker.metrics.dead_letters.labels("malformed_item").inc()
-        if messages:
-            self.worker.catalogue.put_items(items)
-            # After the items: a Redis that has this position has them.
-            last = messages[-1]
-            self.worker.catalogue.put_items_read(_place_of(last)[1], _offset_of(last) + 1)
-            self.worker.metrics.items.inc(len(items))
 
     def _place(self, consumer: Consumer) -> None:
         """Find out where Redis stands and read every unplaced partition from there."""
         if not self.unplaced:
             return
-        events = sorted(p for topic, p in self.unplaced if topic == self.worker.topics.events)
+        # Redis may be an older one: what it is read from again is written again.
+        self.effects.forget()
+        topics = self.worker.topics
+        events, items = self._partitions(self.unplaced)
         starts = {
-            (self.worker.topics.events, partition): offset
-            for partition, offset in self.effects.processor.assign(events).items()
+            **{(topics.events, p): at for p, at in self.effects.processor.assign(events).items()},
+            **{(topics.items, p): at for p, at in self.items.assign(items).items()},
         }
-        read = self.worker.catalogue.get_items_read()
-        for topic, partition in self.unplaced:
-            if topic == self.worker.topics.items:
-                starts[topic, partition] = read.get(partition, 0)
         self._learn_committed(consumer, starts)
-        for place, start in starts.items():
-            self._seek(consumer, place, start)
+        self.done |= {place: self._seek(consumer, place, at) for place, at in starts.items()}
         consumer.resume([TopicPartition(*place) for place in self.unplaced])
         self.unplaced = set()
-        self.progress_at = time.monotonic()
+        self.progress_at = self.worker.clock()
 
     def _learn_committed(self, consumer: Consumer, starts: dict[Place, int]) -> None:
         """Read again what Kafka was not told of; dead letters before that are known to be safe."""
@@ -276,15 +290,15 @@ class _Run:
                     self.effects.dead_from[known.partition] = known.offset
                     starts[place] = min(starts[place], known.offset)
 
-    def _seek(self, consumer: Consumer, place: Place, start: int) -> None:
+    def _seek(self, consumer: Consumer, place: Place, start: int) -> int:
         at = TopicPartition(*place, start)
         low, _ = consumer.get_watermark_offsets(at, timeout=RETRY_S * 20)
         if start < low and place[0] == self.worker.topics.events:
             low = fill_from_lake(self.effects, self.worker.config.lake, place, start=start, low=low)
         at.offset = max(start, low)
         consumer.seek(at)
-        self.done[place] = at.offset
         log.info("reading %s[%d] from offset %d", *place, at.offset)
+        return at.offset
 
     def _lose_place(self, consumer: Consumer, error: OutOfStepError) -> None:
         """Drop what was read and cached; the next turn starts from where Redis stands."""
@@ -297,8 +311,6 @@ class _Run:
                 f"generation g{self.worker.store.generation}. Look for a second group or a "
                 "replay into it with `moveline status`."
             ) from error
-        self.effects.forget()
-        self.pending = []
         self._unplace(consumer, self.owned)
 
     def _unplace(self, consumer: Consumer, places: Iterable[Place]) -> None:
@@ -306,6 +318,7 @@ class _Run:
         self.unplaced |= gone
         for place in gone:
             self.done.pop(place, None)
+            self.pending.pop(place, None)
         consumer.pause([TopicPartition(*place) for place in gone])
 
     def _pause(self, consumer: Consumer, error: Exception) -> None:
@@ -320,13 +333,21 @@ class _Run:
         if self.is_paused:
             consumer.resume(consumer.assignment())
             self.is_paused = False
-            self.progress_at = time.monotonic()
+            self.progress_at = self.worker.clock()
             log.info("resumed")
 
     def _keep_checkpoints(self) -> None:
-        if time.monotonic() - self.idle_at > IDLE_INTERVAL_S:
-            self.idle_at = time.monotonic()
+        if self.worker.clock() - self.idle_at > IDLE_INTERVAL_S:
+            self.idle_at = self.worker.clock()
             self.effects.processor.advance_idle(self._event_ends())
+            self.items.check(self._partitions(self.done)[1])
+            self.num_out_of_step = 0
+
+    def _partitions(self, places: Collection[Place]) -> tuple[list[int], list[int]]:
+        """Return the partitions of the events topic among the places, and of the items topic."""
+        topic_of_events = self.worker.topics.events
+        events = [partition for topic, partition in places if topic == topic_of_events]
+        return events, [partition for topic, partition in places if topic != topic_of_events]
 
     def _event_ends(self) -> dict[int, int]:
         events = self.worker.topics.events
@@ -338,7 +359,7 @@ class _Run:
         A commit that the group refuses in the middle of a rebalance is made up for by the next
         one, or by whoever gets the partition: where to read from is in Redis.
         """
-        self.committed_at = time.monotonic()
+        self.committed_at = self.worker.clock()
         news = {place: end for place, end in self.done.items() if self.told.get(place) != end}
         if not news:
             return
@@ -353,7 +374,7 @@ class _Run:
             self.told |= news
 
     def _measure_lag(self, consumer: Consumer) -> None:
-        self.lag_at = time.monotonic()
+        self.lag_at = self.worker.clock()
         behind = 0
         for partition, end in self._event_ends().items():
             at = TopicPartition(self.worker.topics.events, partition)
@@ -366,10 +387,11 @@ class _Run:
     def _refuse_standstill(self, behind: int) -> None:
         """Raise if there are records to read and none has been read for too long."""
         total = sum(self._event_ends().values())
-        if behind == 0 or total != self.last_total:
-            self.progress_at = time.monotonic()
+        # What is pending has been read; a process that was stopped for long has some when it wakes.
+        if behind == 0 or self.pending or total != self.last_total:
+            self.progress_at = self.worker.clock()
         self.last_total = total
-        if time.monotonic() - self.progress_at > STUCK_S:
+        if self.worker.clock() - self.progress_at > STUCK_S:
             raise WorkerStuckError(
                 f"{behind} records wait and none was applied for {STUCK_S:g} s: exiting so that "
                 "a supervisor can start a fresh worker. See the broker with `moveline status`."
@@ -403,6 +425,7 @@ class _Run:
         for place in gone:
             self.done.pop(place, None)
             self.told.pop(place, None)
+            self.pending.pop(place, None)
         events = [p for topic, p in gone if topic == self.worker.topics.events]
         self.effects.processor.revoke(events)
 
@@ -426,13 +449,3 @@ def _place_of(message: Any) -> Place:  # noqa: ANN401 - the library calls both o
 
 def _offset_of(message: Any) -> int:  # noqa: ANN401 - the library calls it optional
     return int(message.offset())
-
-
-def _to_item(message: Message) -> Item:
-    """Return the catalogue entry in a record; a tombstone withdraws its item."""
-    raw, key = message.value(), message.key()
-    if raw is not None:
-        return decode_item(raw)
-    if key is None or not key.isdigit():
-        raise ValueError(f"tombstone with key {key!r}; an item's key is its decimal id")
-    return Item(item_id=int(key), name="", available=False)

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from compose.cli import answers, data, models, stack
+from compose.cli import answers, data, models, operate, stack
 from compose.errors import ComposeError
 from features.errors import FeatureError
 from scoring.errors import ScoringError
@@ -34,6 +34,7 @@ stack.register(app)
 data.register(app)
 models.register(app)
 answers.register(app)
+operate.register(app)
 
 
 @app.callback()

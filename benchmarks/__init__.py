@@ -1,0 +1,1 @@
+"""Questions about speed and quality, each with the command that answers it."""
