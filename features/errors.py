@@ -60,6 +60,10 @@ class UnsafeStoreError(StoreError):
     """Redis may evict state by itself, which would lose users silently."""
 
 
+class GenerationError(FeatureError):
+    """A generation is not what a command needs it to be: partial, behind, live, or another's."""
+
+
 class LakeError(FeatureError):
     """The event log on disk is missing, truncated or has a hole."""
 

@@ -31,6 +31,11 @@ def chunks_key(generation: int, user_id: int) -> str:
     return f"{PREFIX}:{{b{bucket_of(user_id)}}}:g{generation}:chunks:{user_id}"
 
 
+def checkpoints_key(generation: int, bucket: int) -> str:
+    """Return the key of a bucket's checkpoints: a hash of "source:partition" to next offset."""
+    return f"{PREFIX}:{{b{bucket}}}:g{generation}:checkpoints"
+
+
 def items_key(item_id: int) -> str:
     """Return the key of the hash that holds an item's catalogue entry (field: decimal item id)."""
     return f"{PREFIX}:{{i{bucket_of(item_id)}}}:items"
@@ -41,7 +46,13 @@ def generation_key(generation: int) -> str:
     return f"{PREFIX}:generation:g{generation}"
 
 
+def built_key(generation: int) -> str:
+    """Return the key of how a replay builds a generation."""
+    return f"{generation_key(generation)}:built"
+
+
 POINTERS_KEY: Final = f"{PREFIX}:pointers"
+ITEMS_READ_KEY: Final = f"{PREFIX}:items-read"
 DOMAINS_KEY: Final = f"{PREFIX}:domains"
 TRENDING_KEY: Final = f"{PREFIX}:trending"
 WITHDRAWN_KEY: Final = f"{PREFIX}:withdrawn"

@@ -161,7 +161,7 @@ def read_accepted(root: Path, topic: str, config: StateConfig) -> dict[str, Colu
     Raises:
         LakeError: see `read_events`.
     """
-    parts = [_columns(table, config) for _, table in read_events(root, topic)]
+    parts = [judged_columns(table, config)[0] for _, table in read_events(root, topic)]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     # Stable: files come in log order, and a user lives in one partition.
     order = np.argsort(columns["user_id"], kind="stable")
@@ -172,7 +172,8 @@ def read_accepted(root: Path, topic: str, config: StateConfig) -> dict[str, Colu
     return {name: columns[name] for name in TRAINING_COLUMNS}
 
 
-def _columns(table: pa.Table, config: StateConfig) -> dict[str, Column]:
+def judged_columns(table: pa.Table, config: StateConfig) -> tuple[dict[str, Column], Column]:
+    """Return the columns of the events a generation's rules take, and which rows those are."""
     action = _codes(table["action"], {name: i for i, name in enumerate(config.actions)})
     streamed = np.array([name in config.stream_actions for name in config.actions])
     ahead = table["event_time_ms"].to_numpy() - table["append_time_ms"].to_numpy()
@@ -187,7 +188,7 @@ def _columns(table: pa.Table, config: StateConfig) -> dict[str, Column]:
         "dwell_ms": table["dwell_ms"].fill_null(-1).to_numpy(),
         "value": table["value"].fill_null(float("nan")).to_numpy(),
     }
-    return {name: column[keep] for name, column in columns.items()}
+    return {name: column[keep] for name, column in columns.items()}, keep
 
 
 def _codes(column: pa.ChunkedArray, code_of: dict[str, int]) -> Column:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 import redis
@@ -47,7 +48,8 @@ PIPELINE_MAX: Final = 2_000
 
 
 @contextmanager
-def _mapped_errors(doing: str) -> Iterator[None]:
+def mapped_errors(doing: str) -> Iterator[None]:
+    """Inside the block, what Redis raises becomes an error of ours that says what was tried."""
     try:
         yield
     except (RedisConnectionError, RedisTimeoutError) as error:
@@ -74,9 +76,10 @@ def connect(url: str, *, timeout_s: float = TIMEOUT_S_DEFAULT) -> redis.Redis:
     )
 
 
-def _run(client: redis.Redis, *command: str | bytes | float) -> Any:  # noqa: ANN401 - Redis replies
-    execute: Callable[..., Any] = client.execute_command
-    return execute(*command)
+def execute(client: redis.Redis, *command: str | bytes | float) -> Any:  # noqa: ANN401 - Redis replies
+    """Return the reply to one command; the library's own type of it says nothing."""
+    run: Callable[..., Any] = client.execute_command
+    return run(*command)
 
 
 def _queue(pipeline: Pipeline, *command: str | bytes | float) -> None:
@@ -100,6 +103,36 @@ class Trending:
     scores: tuple[float, ...]
 
 
+class BucketWrite(NamedTuple):
+    """Users of one bucket whose events came from one partition, and the checkpoint after them."""
+
+    bucket: int
+    source: int
+    partition: int
+    expected: int  # -1: no checkpoint yet
+    advance_to: int
+    rows: Mapping[int, RowWrite]
+
+
+WRITTEN: Final = 1
+CHECKPOINT_DIFFERS: Final = 0
+
+
+@cache
+def _script() -> bytes:
+    return files("features").joinpath("lua/write_bucket.lua").read_bytes()
+
+
+@cache
+def _advance_items() -> bytes:
+    return files("features").joinpath("lua/advance_items.lua").read_bytes()
+
+
+@cache
+def _script_digest() -> str:
+    return hashlib.sha1(_script(), usedforsecurity=False).hexdigest()
+
+
 @dataclass(frozen=True)
 class StateStore:
     """State of one generation in Redis."""
@@ -114,8 +147,8 @@ class StateStore:
         Raises:
             StoreUnavailableError: it does not.
         """
-        with _mapped_errors("pinging"):
-            _run(self.client, "PING")
+        with mapped_errors("pinging"):
+            execute(self.client, "PING")
 
     def refuse_eviction(self) -> None:
         """Return if Redis keeps what it is given.
@@ -123,8 +156,8 @@ class StateStore:
         Raises:
             UnsafeStoreError: a maxmemory-policy other than noeviction.
         """
-        with _mapped_errors("reading maxmemory-policy"):
-            reply = _run(self.client, "CONFIG GET", "maxmemory-policy")
+        with mapped_errors("reading maxmemory-policy"):
+            reply = execute(self.client, "CONFIG GET", "maxmemory-policy")
         policy = reply.get("maxmemory-policy", reply.get(b"maxmemory-policy"))
         if policy not in {"noeviction", b"noeviction"}:
             raise UnsafeStoreError(
@@ -139,18 +172,14 @@ class StateStore:
             SchemaMismatchError: the generation was built under other rules.
         """
         key = keys.generation_key(self.generation)
-        with _mapped_errors("claiming the generation"):
-            _run(self.client, "SET", key, self.config.to_json(), "NX")
-            recorded = _run(self.client, "GET", key)
+        with mapped_errors("claiming the generation"):
+            execute(self.client, "SET", key, self.config.to_json(), "NX")
+            recorded = execute(self.client, "GET", key)
         if recorded != self.config.to_json():
             raise SchemaMismatchError(
                 f"generation g{self.generation} was built with {recorded!r}, this worker has "
                 f"{self.config.to_json()!r}: use the recorded rules, or another generation."
             )
-
-    @cached_property
-    def _write_script(self) -> bytes:
-        return files("features").joinpath("lua/write_state.lua").read_bytes()
 
     def load(self, user_ids: Sequence[int]) -> dict[int, UserState]:
         """Return each user's whole state, EMPTY_STATE for users Redis does not know.
@@ -168,43 +197,53 @@ class StateStore:
             for user, row in zip(user_ids, rows, strict=True)
         }
 
-    def write(self, writes: Mapping[int, RowWrite]) -> list[int]:
-        """Write every state by compare-and-set; return the users whose write was refused.
+    def write_buckets(self, writes: Sequence[BucketWrite]) -> list[int]:
+        """Write each bucket whole or not at all; return a reply for each.
 
-        A refused user's state moved on since the change was computed: drop what you cached, load
-        again, step again.
+        WRITTEN, or what differed from what the write was computed from: CHECKPOINT_DIFFERS when
+        Redis is older or another worker wrote, a negative number for a user's row.
 
         Raises:
-            StoreError: Redis did not answer or is full; some states may be written.
+            StoreError: Redis did not answer or is full; some buckets may be written.
         """
-        digest = self._script_digest
-        commands = [
-            (
-                "EVALSHA",
-                digest,
-                2,
-                keys.row_key(self.generation, user),
-                keys.chunks_key(self.generation, user),
-                write.expected,
-                write.keep,
-                write.data,
-                POSITION_FROM_END,
-                *write.chunks,
-            )
-            for user, write in writes.items()
-        ]
+        commands = [self._bucket_command(write) for write in writes]
         try:
-            replies = self._pipelined(commands, "writing states")
+            return self._pipelined(commands, "writing states")
         except _ScriptMissingError:
-            with _mapped_errors("loading the write script"):
-                _run(self.client, "SCRIPT LOAD", self._write_script)
-            replies = self._pipelined(commands, "writing states")
-        return [user for user, reply in zip(writes, replies, strict=True) if reply == 0]
+            with mapped_errors("loading the write script"):
+                execute(self.client, "SCRIPT LOAD", _script())
+            return self._pipelined(commands, "writing states")
 
-    @cached_property
-    def _script_digest(self) -> str:
-        with _mapped_errors("loading the write script"):
-            return str(_run(self.client, "SCRIPT LOAD", self._write_script))
+    def _bucket_command(self, write: BucketWrite) -> tuple[Any, ...]:
+        names = [keys.checkpoints_key(self.generation, write.bucket)]
+        values: list[Any] = [
+            b"%d:%d" % (write.source, write.partition),
+            b"" if write.expected < 0 else b"%d" % write.expected,
+            write.advance_to,
+            POSITION_FROM_END,
+        ]
+        for user, row in write.rows.items():
+            names.append(keys.row_key(self.generation, user))
+            names.append(keys.chunks_key(self.generation, user))
+            values += (row.expected, row.keep, row.data, len(row.chunks), *row.chunks)
+        return ("EVALSHA", _script_digest(), len(names), *names, *values)
+
+    def read_checkpoints(self, source: int, partitions: Sequence[int]) -> dict[int, list[int]]:
+        """Return for each partition the next offset of each bucket, -1 where there is none."""
+        fields = [b"%d:%d" % (source, partition) for partition in partitions]
+        if not fields:
+            return {}
+        replies = self._pipelined(
+            [
+                ("HMGET", keys.checkpoints_key(self.generation, bucket), *fields)
+                for bucket in range(keys.NUM_BUCKETS)
+            ],
+            "reading checkpoints",
+        )
+        return {
+            partition: [-1 if reply[i] is None else int(reply[i]) for reply in replies]
+            for i, partition in enumerate(partitions)
+        }
 
     def read_states(self, user_ids: Sequence[int], *, newest: int) -> list[UserState | None]:
         """Return states with at least the newest records asked for, as far as there are any.
@@ -256,22 +295,21 @@ class StateStore:
             pipeline = self.client.pipeline(transaction=False)
             for command in commands[start : start + PIPELINE_MAX]:
                 _queue(pipeline, *command)
-            with _mapped_errors(doing):
+            with mapped_errors(doing):
                 replies += pipeline.execute(raise_on_error=False)
         for reply in replies:
             if isinstance(reply, NoScriptError):
                 raise _ScriptMissingError(str(reply))
             if isinstance(reply, ResponseError):
-                with _mapped_errors(doing):
+                with mapped_errors(doing):
                     raise reply
         return replies
 
 
 class _ScriptMissingError(StoreError):
-    """Redis restarted and forgot the script: load it and run the pipeline again.
+    """Redis does not know the script: load it and run the pipeline again.
 
-    Running the whole pipeline twice is safe: what was written refuses its second write, and a
-    refused user is loaded again.
+    Running the whole pipeline twice is safe: a bucket that was written refuses its second write.
     """
 
 
@@ -283,7 +321,7 @@ class CatalogueStore:
 
     def put_items(self, items: Iterable[Item]) -> None:
         """Store catalogue entries; the last one of an item wins (its topic is compacted)."""
-        with _mapped_errors("writing items"):
+        with mapped_errors("writing items"):
             pipeline = self.client.pipeline(transaction=False)
             for item in items:
                 field = b"%d" % item.item_id
@@ -294,7 +332,7 @@ class CatalogueStore:
 
     def get_items(self, item_ids: Sequence[int]) -> list[Item | None]:
         """Return the entries in the order asked, None where the catalogue has none."""
-        with _mapped_errors("reading items"):
+        with mapped_errors("reading items"):
             pipeline = self.client.pipeline(transaction=False)
             for item_id in item_ids:
                 _queue(pipeline, "HGET", keys.items_key(item_id), b"%d" % item_id)
@@ -303,21 +341,21 @@ class CatalogueStore:
 
     def withdrawn(self) -> set[int]:
         """Return the ids of items that must not be recommended."""
-        with _mapped_errors("reading withdrawn items"):
-            return {int(raw) for raw in _run(self.client, "SMEMBERS", keys.WITHDRAWN_KEY)}
+        with mapped_errors("reading withdrawn items"):
+            return {int(raw) for raw in execute(self.client, "SMEMBERS", keys.WITHDRAWN_KEY)}
 
     def put_domains(self, domains: Mapping[int, str]) -> None:
         """Remember which text a domain hash stands for."""
         if not domains:
             return
-        with _mapped_errors("writing domains"):
+        with mapped_errors("writing domains"):
             pairs = [part for code, text in domains.items() for part in (b"%d" % code, text)]
-            _run(self.client, "HSET", keys.DOMAINS_KEY, *pairs)
+            execute(self.client, "HSET", keys.DOMAINS_KEY, *pairs)
 
     def get_domains(self) -> dict[int, str]:
         """Return every known domain by its hash."""
-        with _mapped_errors("reading domains"):
-            raw = _run(self.client, "HGETALL", keys.DOMAINS_KEY)
+        with mapped_errors("reading domains"):
+            raw = execute(self.client, "HGETALL", keys.DOMAINS_KEY)
         return {int(code): text.decode() for code, text in raw.items()}
 
     def put_pointers(self, pointers: Pointers) -> None:
@@ -325,13 +363,32 @@ class CatalogueStore:
         values: list[str | int] = ["generation", pointers.generation]
         if pointers.model_version is not None:
             values += ["model_version", pointers.model_version]
-        with _mapped_errors("writing pointers"):
-            _run(self.client, "HSET", keys.POINTERS_KEY, *values)
+        with mapped_errors("writing pointers"):
+            execute(self.client, "HSET", keys.POINTERS_KEY, *values)
+
+    def put_items_read(self, partition: int, offset: int) -> None:
+        """Remember up to where the items topic is applied."""
+        with mapped_errors("writing the catalogue's position"):
+            execute(self.client, "HSET", keys.ITEMS_READ_KEY, partition, offset)
+
+    def advance_items_read(self, partition: int, *, expected: int, offset: int) -> bool:
+        """Remember up to where the items topic is applied; False if it stood elsewhere."""
+        with mapped_errors("writing the catalogue's position"):
+            script = _advance_items()
+            place = keys.ITEMS_READ_KEY, partition
+            reply = execute(self.client, "EVAL", script, 1, *place, expected, offset)
+        return bool(reply)
+
+    def get_items_read(self) -> dict[int, int]:
+        """Return up to where the items topic is applied, by partition."""
+        with mapped_errors("reading the catalogue's position"):
+            raw = execute(self.client, "HGETALL", keys.ITEMS_READ_KEY)
+        return {int(partition): int(offset) for partition, offset in raw.items()}
 
     def get_pointers(self) -> Pointers | None:
         """Return what is live, None before anything was published."""
-        with _mapped_errors("reading pointers"):
-            raw = _run(self.client, "HGETALL", keys.POINTERS_KEY)
+        with mapped_errors("reading pointers"):
+            raw = execute(self.client, "HGETALL", keys.POINTERS_KEY)
         if b"generation" not in raw:
             return None
         version = raw.get(b"model_version")
@@ -339,24 +396,24 @@ class CatalogueStore:
 
     def put_trending(self, trending: Trending) -> None:
         """Replace the trending items."""
-        with _mapped_errors("writing trending items"):
-            _run(self.client, "SET", keys.TRENDING_KEY, msgspec.json.encode(trending))
+        with mapped_errors("writing trending items"):
+            execute(self.client, "SET", keys.TRENDING_KEY, msgspec.json.encode(trending))
 
     def get_trending(self) -> Trending | None:
         """Return the trending items, None before there were any."""
-        with _mapped_errors("reading trending items"):
-            raw = _run(self.client, "GET", keys.TRENDING_KEY)
+        with mapped_errors("reading trending items"):
+            raw = execute(self.client, "GET", keys.TRENDING_KEY)
         return None if raw is None else msgspec.json.decode(raw, type=Trending)
 
     def recorded_config(self, generation: int) -> StateConfig | None:
         """Return the rules a generation was built with, None if it does not exist."""
-        with _mapped_errors("reading a generation's config"):
-            raw = _run(self.client, "GET", keys.generation_key(generation))
+        with mapped_errors("reading a generation's config"):
+            raw = execute(self.client, "GET", keys.generation_key(generation))
         return None if raw is None else config_from_json(raw)
 
 
 def count_users(client: redis.Redis, generation: int) -> int:
     """Return how many users a generation holds. Scans the keyspace: for people, not for code."""
-    with _mapped_errors("counting users"):
+    with mapped_errors("counting users"):
         pattern = f"{keys.PREFIX}:*:g{generation}:row:*"
         return sum(1 for _ in client.scan_iter(match=pattern, count=10_000))

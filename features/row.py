@@ -38,11 +38,12 @@ DEPARTED_BYTES: Final = _DEPARTED.size
 # The position's bytes, counted from the end of the row: what the write script compares.
 POSITION_FROM_END: Final = _POSITION.size + _COUNTS.size + _END.size
 POSITION_BYTES: Final = _POSITION.size
+_PADDING: Final = tuple((0,) * (ACTIONS_MAX - used) for used in range(ACTIONS_MAX + 1))
 _NO_SESSION: Final = _SESSION.pack(*[0] * (5 + ACTIONS_MAX))
 
 
 class RowWrite(NamedTuple):
-    """What to write so that Redis holds the new state: see features/lua/write_state.lua."""
+    """One user's part of a bucket write: see features/lua/write_bucket.lua."""
 
     expected: bytes  # position the change was computed from, empty when there was no row
     keep: int  # bytes of the old row that stay; -1 replaces the row
@@ -52,20 +53,21 @@ class RowWrite(NamedTuple):
 
 def encode_position(position: Position) -> bytes:
     """Return the 16 bytes the write script compares."""
-    return _POSITION.pack(*position)
+    return _POSITION.pack(position.source, position.partition, position.offset)
 
 
 def _encode_end(state: UserState, num_actions: int) -> bytes:
     """Return departed ids and trailer."""
-    departed = b"".join(_DEPARTED.pack(*d) for d in state.departed)
     current = state.user_session
     packed_session = _NO_SESSION
     if current is not None:
-        padding = [0] * (ACTIONS_MAX - len(current.action_counts))
-        packed_session = _SESSION.pack(*current[:5], *current.action_counts, *padding)
+        which, start_ms, last_ms, num_events, dwell_ms, counts = current
+        packed_session = _SESSION.pack(
+            which, start_ms, last_ms, num_events, dwell_ms, *counts, *_PADDING[len(counts)]
+        )
     body = (
         packed_session
-        + _POSITION.pack(*state.position)
+        + encode_position(state.position)
         + _COUNTS.pack(
             state.append_time_ms,
             state.next_ordinal,
@@ -77,7 +79,10 @@ def _encode_end(state: UserState, num_actions: int) -> bytes:
             num_actions,
         )
     )
-    return departed + body + _END.pack(zlib.crc32(body), ROW_FORMAT, MAGIC)
+    end = body + _END.pack(zlib.crc32(body), ROW_FORMAT, MAGIC)
+    if state.departed:
+        return b"".join(_DEPARTED.pack(*d) for d in state.departed) + end
+    return end
 
 
 def encode_row(state: UserState, num_actions: int) -> bytes:

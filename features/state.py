@@ -11,6 +11,7 @@ import struct
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+import msgspec
 import numpy as np
 
 from features.errors import FeatureError
@@ -37,15 +38,15 @@ RECORD: Final = np.dtype(
 RECORD_BYTES: Final = RECORD.itemsize
 _PACK_RECORD: Final = struct.Struct("<qqQQIifB3x")
 _TIME_AT: Final = struct.Struct("<8xq")
-_ORDINAL_AT: Final = struct.Struct("<32xI")
 _HASH_BYTES: Final = 8
+_NO_TIME: Final = -(2**63)
 NO_DWELL: Final = -1
 NO_VALUE: Final = float("nan")
 # Ordinals are 32-bit: a user past four billion events is a bug upstream, and is refused.
 ORDINAL_MAX: Final = 2**32 - 1
 
 
-class Position(NamedTuple):
+class Position(msgspec.Struct, frozen=True, gc=False):
     """Where in Kafka the last applied event stood. `source` counts the topic's incarnations."""
 
     source: int
@@ -53,7 +54,7 @@ class Position(NamedTuple):
     offset: int
 
 
-class Accepted(NamedTuple):
+class Accepted(msgspec.Struct, frozen=True, gc=False):
     """A valid event as the step takes it: ids hashed, action coded, position attached."""
 
     position: Position
@@ -153,57 +154,61 @@ def step(state: UserState, events: Sequence[Accepted], config: StateConfig) -> C
     Raises:
         PartitionMovedError: an event from another partition than the state's.
     """
-    work = _Work(state)
+    work = _Work(state, config)
     for event in events:
-        work.apply(event, config)
+        work.apply(event)
     return work.change()
 
 
 class _Work:
     """One step's scratch pad; never outlives it."""
 
-    def __init__(self, state: UserState) -> None:
+    def __init__(self, state: UserState, config: StateConfig) -> None:
         self.state = state
+        self.config = config
         self.tail = bytearray(state.tail)
-        self.window = state.window
+        self.window = bytearray(state.window)
+        self.window_bytes = config.dedup_window * _HASH_BYTES
         self.departed = state.departed
+        self.last: Accepted | None = None
         self.position = state.position
-        self.append_time_ms = state.append_time_ms
         self.ordinal = state.next_ordinal
         self.num_chunks = state.num_chunks
         self.num_late = state.num_late
-        self.user_session = state.user_session
+        self.user_session = _OpenSession(state.user_session, config)
         self.chunks: list[Chunk] = []
         self.keep = len(state.tail)
+        self.newest_ms = _time_of_last(state.tail)
         self.num_duplicates = 0
         self.num_skipped = 0
 
-    def apply(self, event: Accepted, config: StateConfig) -> None:
+    def apply(self, event: Accepted) -> None:
         if not _follows(self.position, event.position):
             self.num_skipped += 1
             return
         packed_hash = event.event_hash.to_bytes(_HASH_BYTES, "little")
-        if _contains(self.window, packed_hash):
+        window = self.window
+        if _contains(window, packed_hash, max(0, len(window) - self.window_bytes)):
             self.num_duplicates += 1
             return
         assert self.ordinal < ORDINAL_MAX
         self._insert(event)
-        self.window = (self.window + packed_hash)[-config.dedup_window * _HASH_BYTES :]
-        self.user_session, late = step_session(self.user_session, event, self.ordinal, config)
-        self.num_late += late
+        window += packed_hash
+        self.num_late += self.user_session.take(event, self.ordinal)
+        self.last = event
         self.position = event.position
-        self.append_time_ms = event.append_time_ms
         self.ordinal += 1
-        oldest_counted = self.ordinal - config.dedup_window
-        if self.departed and self.departed[0].ordinal < oldest_counted:
+        if self.departed:
+            oldest_counted = self.ordinal - self.config.dedup_window
             self.departed = tuple(d for d in self.departed if d.ordinal >= oldest_counted)
-        if len(self.tail) == config.tail_max * RECORD_BYTES:
-            self._depart(config)
+        if len(self.tail) == self.config.tail_max * RECORD_BYTES:
+            self._depart()
 
     def _insert(self, event: Accepted) -> None:
+        time_ms = event.event_time_ms
         record = _PACK_RECORD.pack(
             event.item_id,
-            event.event_time_ms,
+            time_ms,
             event.domain,
             event.event_hash,
             self.ordinal,
@@ -211,56 +216,55 @@ class _Work:
             event.value,
             event.action,
         )
-        at = _insertion_point(self.tail, event.event_time_ms)
-        self.tail[at:at] = record
-        self.keep = min(self.keep, at)
+        if time_ms >= self.newest_ms:
+            self.tail += record
+            self.newest_ms = time_ms
+        else:
+            at = _insertion_point(self.tail, time_ms)
+            self.tail[at:at] = record
+            self.keep = min(self.keep, at)
 
-    def _depart(self, config: StateConfig) -> None:
-        size = config.chunk * RECORD_BYTES
+    def _depart(self) -> None:
+        size = self.config.chunk * RECORD_BYTES
         chunk = bytes(self.tail[:size])
         del self.tail[:size]
         self.keep = 0
         self.chunks.append(Chunk(self.num_chunks, chunk))
         self.num_chunks += 1
-        oldest_counted = self.ordinal - config.dedup_window
+        oldest_counted = self.ordinal - self.config.dedup_window
         gone = np.frombuffer(chunk, RECORD)
         gone = gone[gone["ordinal"] >= max(0, oldest_counted)]
-        self.departed = tuple(
-            sorted(
-                (
-                    *self.departed,
-                    *(
-                        Departed(int(o), int(h))
-                        for o, h in zip(gone["ordinal"], gone["event_hash"], strict=True)
-                    ),
-                )
-            )
-        )
+        counted = zip(gone["ordinal"].tolist(), gone["event_hash"].tolist(), strict=True)
+        self.departed = tuple(sorted((*self.departed, *(Departed(o, h) for o, h in counted))))
 
     def change(self) -> Change:
         applied = self.ordinal - self.state.next_ordinal
         after = self.state
-        if applied:
+        if self.last is not None:
             after = UserState(
-                position=self.position,
-                append_time_ms=self.append_time_ms,
+                position=self.last.position,
+                append_time_ms=self.last.append_time_ms,
                 next_ordinal=self.ordinal,
                 num_chunks=self.num_chunks,
                 num_late=self.num_late,
-                user_session=self.user_session,
+                user_session=self.user_session.closed(),
                 tail=bytes(self.tail),
                 departed=self.departed,
-                window=self.window,
+                window=bytes(self.window[-self.window_bytes :]),
             )
         return Change(
             after, self.keep, tuple(self.chunks), applied, self.num_duplicates, self.num_skipped
         )
 
 
+def _time_of_last(tail: bytes) -> int:
+    return _TIME_AT.unpack_from(tail, len(tail) - RECORD_BYTES)[0] if tail else _NO_TIME
+
+
 def _follows(last: Position, new: Position) -> bool:
-    if last is EMPTY_POSITION or last.partition < 0:
+    if last.partition < 0:
         return True
-    if (new.source, new.partition) != (last.source, last.partition):
+    if new.partition != last.partition or new.source != last.source:
         raise PartitionMovedError(
             f"the user's last event was applied from partition {last.partition} "
             f"(source {last.source}), this one comes from partition {new.partition} "
@@ -270,8 +274,9 @@ def _follows(last: Position, new: Position) -> bool:
     return new.offset > last.offset
 
 
-def _contains(window: bytes, packed_hash: bytes) -> bool:
-    at = window.find(packed_hash)
+def _contains(window: bytearray, packed_hash: bytes, start: int) -> bool:
+    """Return whether a hash is in the window from byte `start` on, at a whole place."""
+    at = window.find(packed_hash, start)
     while at >= 0 and at % _HASH_BYTES:
         at = window.find(packed_hash, at + 1)
     return at >= 0
@@ -282,10 +287,7 @@ def _insertion_point(tail: bytearray, event_time_ms: int) -> int:
 
     The new event has the largest ordinal, so among equal times it comes last.
     """
-    high = len(tail) // RECORD_BYTES
-    if not high or _TIME_AT.unpack_from(tail, (high - 1) * RECORD_BYTES)[0] <= event_time_ms:
-        return len(tail)
-    low = 0
+    low, high = 0, len(tail) // RECORD_BYTES
     while low < high:
         middle = (low + high) // 2
         if _TIME_AT.unpack_from(tail, middle * RECORD_BYTES)[0] <= event_time_ms:
@@ -295,46 +297,58 @@ def _insertion_point(tail: bytearray, event_time_ms: int) -> int:
     return low * RECORD_BYTES
 
 
-def step_session(
-    current: UserSession | None, event: Accepted, ordinal: int, config: StateConfig
-) -> tuple[UserSession | None, bool]:
-    """Return the session after `event`, and whether the event was too late to move it.
+class _OpenSession:
+    """The rolling session while events are applied to it.
 
     A late event within the gap of the session's span extends it; an older one leaves it alone.
     An event exactly one gap away still belongs.
     """
-    time_ms = event.event_time_ms
-    if current is None or time_ms > current.last_ms + config.session_gap_ms:
-        return _open_session(event, ordinal, config), False
-    if time_ms < current.start_ms - config.session_gap_ms:
-        return current, True
-    start_ms = min(current.start_ms, time_ms)
-    last_ms = max(current.last_ms, time_ms)
-    if last_ms - start_ms > config.session_max_ms:
-        if time_ms > current.last_ms:
-            return _open_session(event, ordinal, config), False
-        return current, True
-    counts = list(current.action_counts)
-    counts[event.action] += 1
-    return (
-        UserSession(
-            current.session_id,
-            start_ms,
-            last_ms,
-            current.num_events + 1,
-            current.dwell_ms + max(0, event.dwell_ms),
-            tuple(counts),
-        ),
-        False,
-    )
 
+    __slots__ = ("counts", "dwell_ms", "gap_ms", "last_ms", "max_ms", "num", "start_ms", "which")
 
-def _open_session(event: Accepted, ordinal: int, config: StateConfig) -> UserSession:
-    counts = [0] * len(config.actions)
-    counts[event.action] = 1
-    return UserSession(
-        ordinal, event.event_time_ms, event.event_time_ms, 1, max(0, event.dwell_ms), tuple(counts)
-    )
+    def __init__(self, current: UserSession | None, config: StateConfig) -> None:
+        self.gap_ms = config.session_gap_ms
+        self.max_ms = config.session_max_ms
+        if current is None:
+            # Every event is more than a gap after this one, so the first opens a session.
+            self.which, self.num, self.dwell_ms = 0, 0, 0
+            self.start_ms = self.last_ms = _NO_TIME
+            self.counts = [0] * len(config.actions)
+        else:
+            self.which, self.start_ms, self.last_ms, self.num, self.dwell_ms, counts = current
+            self.counts = list(counts)
+
+    def take(self, event: Accepted, ordinal: int) -> bool:
+        """Move the session by an event; return whether the event was too late to move it."""
+        time_ms = event.event_time_ms
+        if time_ms > self.last_ms + self.gap_ms:
+            self._open(time_ms, ordinal)
+        elif time_ms > self.last_ms:
+            if time_ms - self.start_ms > self.max_ms:
+                self._open(time_ms, ordinal)
+            self.last_ms = time_ms
+        elif time_ms < self.start_ms:
+            if time_ms < self.start_ms - self.gap_ms or self.last_ms - time_ms > self.max_ms:
+                return True
+            self.start_ms = time_ms
+        self.num += 1
+        self.dwell_ms += max(0, event.dwell_ms)
+        self.counts[event.action] += 1
+        return False
+
+    def _open(self, time_ms: int, ordinal: int) -> None:
+        self.which = ordinal
+        self.start_ms = self.last_ms = time_ms
+        self.num = self.dwell_ms = 0
+        self.counts = [0] * len(self.counts)
+
+    def closed(self) -> UserSession | None:
+        """Return the session as plain data."""
+        if not self.num:
+            return None
+        return UserSession(
+            self.which, self.start_ms, self.last_ms, self.num, self.dwell_ms, tuple(self.counts)
+        )
 
 
 def rebuild_window(state: UserState, dedup_window: int) -> UserState:

@@ -1,4 +1,8 @@
-"""Pointers in the compacted control topic: the record of truth that a restored Redis follows."""
+"""The compacted control topic: records of truth that a restored Redis follows.
+
+Newest record of a key wins. `pointers` says what is live, `promotion` what was live before it,
+`redriven:REASON` up to where dead letters were sent again.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,21 @@ from streams.errors import BrokerUnavailableError, DeliveryError
 from streams.kafka import KafkaConfig, TopicPartition, make_consumer, make_producer, watermarks
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from streams.topics import Topics
 
 POINTERS_KEY: Final = b"pointers"
+PROMOTION_KEY: Final = b"promotion"
 _TIMEOUT_S: Final = 10.0
+
+
+class Promotion(msgspec.Struct, frozen=True):
+    """The last change of the live generation: what `moveline demote` takes back."""
+
+    generation: int
+    previous: int | None
+    at_ms: int
 
 
 def write_pointers(kafka: KafkaConfig, topics: Topics, pointers: Pointers) -> None:
@@ -24,20 +39,22 @@ def write_pointers(kafka: KafkaConfig, topics: Topics, pointers: Pointers) -> No
     Raises:
         DeliveryError: the broker did not take it.
     """
-    failed: list[object] = []
-    producer = make_producer(kafka)
-    producer.produce(
-        topics.control,
-        key=POINTERS_KEY,
-        value=msgspec.json.encode(pointers),
-        on_delivery=lambda error, _: failed.append(error) if error else None,
-    )
-    if producer.flush(_TIMEOUT_S) or failed:
-        raise DeliveryError(
-            f"the pointers were not recorded in {topics.control} ({failed}): "
-            "nothing changed. Check `moveline status` and publish again.",
-            retriable=True,
-        )
+    write_records(kafka, topics, {POINTERS_KEY: msgspec.json.encode(pointers)})
+
+
+def write_promotion(
+    kafka: KafkaConfig, topics: Topics, pointers: Pointers, promotion: Promotion
+) -> None:
+    """Record what is live and what was before; raises as `write_pointers` does.
+
+    The promotion comes first: one without its pointers names a generation that is not live, and
+    is not believed.
+    """
+    records = {
+        PROMOTION_KEY: msgspec.json.encode(promotion),
+        POINTERS_KEY: msgspec.json.encode(pointers),
+    }
+    write_records(kafka, topics, records)
 
 
 def read_pointers(kafka: KafkaConfig, topics: Topics) -> Pointers | None:
@@ -46,19 +63,54 @@ def read_pointers(kafka: KafkaConfig, topics: Topics) -> Pointers | None:
     Raises:
         BrokerUnavailableError: the topic could not be read to its end.
     """
+    newest = read_records(kafka, topics).get(POINTERS_KEY)
+    return None if newest is None else msgspec.json.decode(newest, type=Pointers)
+
+
+def read_promotion(kafka: KafkaConfig, topics: Topics) -> Promotion | None:
+    """Return the last promotion, None before the first; raises as `read_pointers` does."""
+    newest = read_records(kafka, topics).get(PROMOTION_KEY)
+    return None if newest is None else msgspec.json.decode(newest, type=Promotion)
+
+
+def write_records(kafka: KafkaConfig, topics: Topics, records: Mapping[bytes, bytes]) -> None:
+    """Return once the broker has acknowledged every record, in this order.
+
+    Raises:
+        DeliveryError: the broker did not take one.
+    """
+    failed: list[object] = []
+    producer = make_producer(kafka)
+    for key, value in records.items():
+        producer.produce(
+            topics.control,
+            key=key,
+            value=value,
+            on_delivery=lambda error, _: failed.append(error) if error else None,
+        )
+    if producer.flush(_TIMEOUT_S) or failed:
+        names = ", ".join(key.decode() for key in records)
+        raise DeliveryError(
+            f"the {names} were not recorded in {topics.control} ({failed}): "
+            "nothing changed. Check `moveline status` and try again.",
+            retriable=True,
+        )
+
+
+def read_records(kafka: KafkaConfig, topics: Topics) -> dict[bytes, bytes]:
+    """Return the newest record of each key; raises as `read_pointers` does."""
     low, high = watermarks(kafka, topics.control)[0]
     if low == high:
-        return None
+        return {}
     consumer = make_consumer(kafka, group="moveline-control-reader")
     consumer.assign([TopicPartition(topics.control, 0, low)])
-    newest = None
+    newest: dict[bytes, bytes] = {}
     deadline = time.monotonic() + _TIMEOUT_S
     try:
         while True:
             message = consumer.poll(0.2)
             if message is not None and message.error() is None:
-                if message.key() == POINTERS_KEY:
-                    newest = message.value()
+                newest[message.key() or b""] = message.value() or b""
                 if (message.offset() or 0) >= high - 1:
                     break
             elif consumer.position([TopicPartition(topics.control, 0)])[0].offset >= high:
@@ -70,4 +122,4 @@ def read_pointers(kafka: KafkaConfig, topics: Topics) -> Pointers | None:
                 )
     finally:
         consumer.close()
-    return None if newest is None else msgspec.json.decode(newest, type=Pointers)
+    return newest

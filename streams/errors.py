@@ -126,6 +126,10 @@ class DeadLetterError(StreamError):
     retriable = True
 
 
+class NoLetterError(StreamError, ValueError):
+    """There is no dead letter where one was asked for."""
+
+
 class StateContendedError(StreamError):
     """Another writer keeps moving the same users' state: two workers own one partition."""
 
@@ -138,3 +142,30 @@ class UndeliveredError(DeliveryError):
     def __init__(self, message: str, *, events: tuple[Event, ...]) -> None:
         super().__init__(message)
         self.events = events
+
+
+class WorkerStuckError(StreamError):
+    """Records wait and none is read: a fresh process is the way out."""
+
+    retriable = True
+
+
+class OutOfStepError(StreamError):
+    """Redis does not stand where this worker left it; reading its checkpoints again mends that."""
+
+    retriable = True
+
+
+class HistoryGoneError(StreamError):
+    """The events between the last sweep and now have left Redis: those sessions are not known."""
+
+    def __init__(self, first: int, session_id: int) -> None:
+        super().__init__(
+            f"the events from ordinal {first} on do not lead to session {session_id}: they have "
+            "left Redis. Let the near-line app run while the worker does."
+        )
+        self.session_id = session_id
+
+
+class NearlineConfigError(StreamError, ValueError):
+    """A variable of the near-line app is missing, out of range, or not supported by it."""

@@ -69,6 +69,7 @@ __all__ = [
     "committed",
     "end_offsets",
     "ensure_topics",
+    "group_is_active",
     "is_end_of_partition",
     "is_fatal",
     "is_offset_gone",
@@ -334,6 +335,27 @@ def committed(
         for place in found.topic_partitions
         if place.topic == topic and place.offset >= 0
     }
+
+
+def group_is_active(config: KafkaConfig, group: str, *, timeout_s: float = DEADLINE_S) -> bool:
+    """Return whether the group has members: somebody consumes, or died a moment ago.
+
+    Raises:
+        BrokerUnavailableError: no broker answered in time.
+    """
+    admin = _admin(config)
+
+    def ask() -> Any:  # noqa: ANN401 - the library's answer has no type
+        answers = admin.describe_consumer_groups([group], request_timeout=timeout_s)
+        return _answer(answers[group], config, timeout_s)
+
+    try:
+        return bool(_once_settled(ask, timeout_s).members)
+    except BrokerRefusedError as error:
+        cause = error.__cause__
+        if isinstance(cause, KafkaException) and cause.args[0].code() == _NO_GROUP:
+            return False
+        raise
 
 
 def _with_log(settings: dict[str, Any]) -> dict[str, Any]:

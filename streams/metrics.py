@@ -64,6 +64,5 @@ class WorkerMetrics:
         self.duplicates.inc(report.num_duplicates)
         self.skipped.inc(report.num_skipped)
         self.late.inc(report.num_late)
-        self.refused.inc(report.num_refused)
         self.step.observe(report.step_s)
         self.write.observe(report.write_s)

@@ -54,6 +54,7 @@ class MicroBatch:
         by_user: valid events that enter streams, per user in offset order.
         dead_letters: records that break the contract.
         domains: text of every domain seen, by hash.
+        ends: by partition, the offset after the last record looked at.
         num_records: records looked at.
         num_outside: valid events whose action does not enter the streams.
     """
@@ -61,6 +62,7 @@ class MicroBatch:
     by_user: dict[int, list[Accepted]] = field(default_factory=dict)
     dead_letters: list[DeadLetter] = field(default_factory=list)
     domains: dict[int, str] = field(default_factory=dict)
+    ends: dict[int, int] = field(default_factory=dict)
     num_records: int = 0
     num_outside: int = 0
 
@@ -105,6 +107,7 @@ def sort_records(records: Iterable[Record], config: StateConfig) -> MicroBatch:
     by_user = batch.by_user
     for record in records:
         batch.num_records += 1
+        batch.ends[record.partition] = record.offset + 1
         try:
             event = accept_record(record, config)
         except InvalidEventError as error:

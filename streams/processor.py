@@ -1,6 +1,8 @@
-"""The hot path's effects: step every user of a micro-batch and write each by compare-and-set.
+"""The hot path's arithmetic: step the users of a micro-batch and write them bucket by bucket.
 
-Numbered effects and what a crash between any two of them leaves: ARCHITECTURE.md, section 8.
+A bucket is written whole or not at all, with the checkpoint that says how far its partition is
+applied, and only if that checkpoint stands where this worker left it. Everything else follows: a
+zombie is refused, a redelivered event is skipped, a Redis that went back in time is noticed.
 """
 
 from __future__ import annotations
@@ -10,31 +12,39 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
+from features.keys import bucket_of
+from features.redis import WRITTEN, BucketWrite
 from features.row import encode_write
-from features.state import EMPTY_STATE, UserState, step
-from streams.errors import StateContendedError
+from features.state import UserState, step
+from streams.errors import OutOfStepError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from features.config import StateConfig
     from features.row import RowWrite
     from features.state import Accepted, Change
+    from streams.micro_batch import MicroBatch
 
-# A refusal means another writer moved the user on; past this many in a row two workers fight
-# over one partition, which only an operator can end.
-REFUSALS_MAX: Final = 5
 # States of idle users cost memory and save one read each; the rest is re-read when it returns.
 CACHE_BYTES_DEFAULT: Final = 256 * 1024 * 1024
-_STATE_OVERHEAD_BYTES: Final = 1_500
+_STATE_OVERHEAD_BYTES: Final = 3_500
 
 
 class States(Protocol):
     """What the processor needs of Redis: `features.redis.StateStore` keeps these promises."""
 
-    def load(self, user_ids: Sequence[int]) -> dict[int, UserState]: ...  # noqa: D102 - see StateStore
+    def load(self, user_ids: Sequence[int]) -> dict[int, UserState]:
+        """Return whole states, EMPTY_STATE for users that have none."""
+        ...
 
-    def write(self, writes: Mapping[int, RowWrite]) -> list[int]: ...  # noqa: D102 - see StateStore
+    def write_buckets(self, writes: Sequence[BucketWrite]) -> list[int]:
+        """Write each bucket whole or not at all."""
+        ...
+
+    def read_checkpoints(self, source: int, partitions: Sequence[int]) -> dict[int, list[int]]:
+        """Return each partition's next offset by bucket, -1 where there is none."""
+        ...
 
 
 @dataclass
@@ -45,7 +55,6 @@ class Report:
     num_duplicates: int = 0
     num_skipped: int = 0
     num_late: int = 0
-    num_refused: int = 0
     load_s: float = 0.0
     step_s: float = 0.0
     write_s: float = 0.0
@@ -68,17 +77,11 @@ class StateCache:
 
     def put(self, user_id: int, state: UserState) -> None:
         """Keep a state that Redis has acknowledged."""
-        self.drop(user_id)
+        before = self.states.get(user_id)
+        self.bytes_held += len(state.tail) - len(before.tail) if before else _size(state)
         self.states[user_id] = state
-        self.bytes_held += len(state.tail) + _STATE_OVERHEAD_BYTES
         while self.bytes_held > self.bytes_max:
-            self.drop(next(iter(self.states)))
-
-    def drop(self, user_id: int) -> None:
-        """Forget one state."""
-        state = self.states.pop(user_id, None)
-        if state is not None:
-            self.bytes_held -= len(state.tail) + _STATE_OVERHEAD_BYTES
+            self.bytes_held -= _size(self.states.popitem(last=False)[1])
 
     def clear(self) -> None:
         """Forget everything: after a rebalance, or when Redis may have changed behind us."""
@@ -86,65 +89,103 @@ class StateCache:
         self.bytes_held = 0
 
 
+def _size(state: UserState) -> int:
+    return len(state.tail) + _STATE_OVERHEAD_BYTES
+
+
 @dataclass
 class Processor:
-    """Applies micro-batches to the states of one generation."""
+    """Applies micro-batches to the states of one generation.
+
+    Attributes:
+        checkpoints: by partition, the next offset of each bucket as this worker left it in Redis.
+    """
 
     states: States
     config: StateConfig
+    source: int = 0
     cache: StateCache = field(default_factory=StateCache)
+    checkpoints: dict[int, list[int]] = field(default_factory=dict)
 
-    def apply(self, by_user: Mapping[int, Sequence[Accepted]]) -> Report:
+    def assign(self, partitions: Sequence[int]) -> dict[int, int]:
+        """Learn where Redis stands; return the offset to read each partition from.
+
+        Everything before it is in Redis for every bucket. What buckets have beyond it is skipped.
+        """
+        self.cache.clear()
+        self.checkpoints.update(self.states.read_checkpoints(self.source, partitions))
+        return {partition: max(0, min(self.checkpoints[partition])) for partition in partitions}
+
+    def revoke(self, partitions: Iterable[int]) -> None:
+        """Forget partitions that are another worker's now."""
+        self.cache.clear()
+        for partition in partitions:
+            self.checkpoints.pop(partition, None)
+
+    def apply(self, batch: MicroBatch) -> Report:
         """Return once every event is in Redis, applied exactly once.
 
         Raises:
-            StoreError: Redis is away or full. Some users may be written; applying the same
-                micro-batch again skips what is already in.
-            StateContendedError: writes kept being refused.
+            StoreError: Redis is away or full. Some buckets may be written.
+            OutOfStepError: Redis does not stand where this worker left it. `assign` again, read
+                from there.
         """
         report = Report()
-        todo: Mapping[int, Sequence[Accepted]] = by_user
-        for _ in range(REFUSALS_MAX + 1):
-            refused = self._apply_once(todo, report)
-            if not refused:
-                return report
-            report.num_refused += len(refused)
-            todo = {user: todo[user] for user in refused}
-        raise StateContendedError(
-            f"{len(todo)} users (first: {next(iter(todo))}) were changed by another writer "
-            f"{REFUSALS_MAX + 1} times in a row: is a second consumer group writing to this "
-            "generation? Check `moveline status`."
-        )
-
-    def _apply_once(self, by_user: Mapping[int, Sequence[Accepted]], report: Report) -> list[int]:
         started = time.perf_counter()
-        before = self._states_of(by_user)
+        todo = self._not_yet_applied(batch.by_user, report)
+        before = self._states_of(todo)
         loaded = time.perf_counter()
-        changes = {user: step(before[user], by_user[user], self.config) for user in by_user}
-        writes = {
-            user: encode_write(before[user], change, len(self.config.actions))
-            for user, change in changes.items()
-            if change.num_applied
-        }
+        changes = {user: step(before[user], events, self.config) for user, events in todo.items()}
+        self._refuse_ahead(changes)
+        writes = self._bucket_writes(todo, before, changes, batch.ends)
         stepped = time.perf_counter()
-        refused = self._write(writes)
-        for user in refused:
-            self.cache.drop(user)
-        self._settle(before, changes, set(refused), report)
-        report.load_s += loaded - started
-        report.step_s += stepped - loaded
-        report.write_s += time.perf_counter() - stepped
-        return refused
+        self._write(writes)
+        self._settle(before, changes, report)
+        report.load_s = loaded - started
+        report.step_s = stepped - loaded
+        report.write_s = time.perf_counter() - stepped
+        return report
 
-    def _write(self, writes: dict[int, RowWrite]) -> list[int]:
-        if not writes:
-            return []
-        try:
-            return self.states.write(writes)
-        except Exception:
-            # Unknown how much was written: what is cached may be behind Redis.
-            self.cache.clear()
-            raise
+    def advance_idle(self, ends: Mapping[int, int]) -> None:
+        """Bring the checkpoints of buckets without events up to `ends` (partition: next offset).
+
+        Also how a Redis that went back is noticed while nothing happens: a partition with nothing
+        to advance is read and compared. Raises as `apply` does.
+        """
+        writes = [
+            BucketWrite(bucket, self.source, partition, held, end, {})
+            for partition, end in ends.items()
+            for bucket, held in enumerate(self.checkpoints.get(partition, ()))
+            if held < end
+        ]
+        self._write(writes)
+        self._compare(sorted(self.checkpoints.keys() - {write.partition for write in writes}))
+
+    def _compare(self, partitions: Sequence[int]) -> None:
+        for partition, found in self.states.read_checkpoints(self.source, partitions).items():
+            if found != self.checkpoints[partition]:
+                self.cache.clear()
+                raise OutOfStepError(
+                    f"partition {partition} does not stand where this worker left it: another "
+                    "worker wrote, or Redis went back."
+                )
+
+    def _not_yet_applied(
+        self, by_user: Mapping[int, list[Accepted]], report: Report
+    ) -> dict[int, list[Accepted]]:
+        """Leave out what the users' buckets already hold."""
+        todo: dict[int, list[Accepted]] = {}
+        for user, events in by_user.items():
+            first = events[0].position
+            applied = self.checkpoints[first.partition][bucket_of(user)]
+            if first.offset < applied:
+                kept = [event for event in events if event.position.offset >= applied]
+                report.num_skipped += len(events) - len(kept)
+                if kept:
+                    todo[user] = kept
+            else:
+                todo[user] = events
+        return todo
 
     def _states_of(self, user_ids: Mapping[int, object]) -> dict[int, UserState]:
         found = {user: self.cache.get(user) for user in user_ids}
@@ -152,19 +193,75 @@ class Processor:
         loaded = self.states.load(missing) if missing else {}
         return {user: loaded[user] if state is None else state for user, state in found.items()}
 
-    def _settle(
+    def _refuse_ahead(self, changes: Mapping[int, Change]) -> None:
+        """Raise if a row already holds events that its bucket's checkpoint, as known here, has not.
+
+        Another worker wrote between the checkpoint and the row that were read. Were Redis to go
+        back now to where the checkpoint is true again, the events would be passed over.
+        """
+        ahead = [user for user, change in changes.items() if change.num_skipped]
+        if ahead:
+            self.cache.clear()
+            raise OutOfStepError(
+                f"{len(ahead)} of {len(changes)} users (first: {ahead[0]}) are ahead of where this "
+                "worker left them: another worker wrote."
+            )
+
+    def _bucket_writes(
         self,
+        todo: Mapping[int, Sequence[Accepted]],
         before: Mapping[int, UserState],
         changes: Mapping[int, Change],
-        refused: set[int],
-        report: Report,
+        ends: Mapping[int, int],
+    ) -> list[BucketWrite]:
+        num_actions = len(self.config.actions)
+        rows: dict[tuple[int, int], dict[int, RowWrite]] = {}
+        for user, change in changes.items():
+            place = (todo[user][0].position.partition, bucket_of(user))
+            # Also where all were duplicates: the row that this was judged by has to be the one.
+            rows.setdefault(place, {})[user] = encode_write(before[user], change, num_actions)
+        return [
+            BucketWrite(
+                bucket,
+                self.source,
+                partition,
+                self.checkpoints[partition][bucket],
+                ends[partition],
+                written,
+            )
+            for (partition, bucket), written in rows.items()
+        ]
+
+    def _write(self, writes: list[BucketWrite]) -> None:
+        if not writes:
+            return
+        try:
+            replies = self.states.write_buckets(writes)
+        except Exception:
+            # Unknown how much was written: what is cached may be behind Redis.
+            self.cache.clear()
+            raise
+        refused = []
+        for write, reply in zip(writes, replies, strict=True):
+            if reply == WRITTEN:
+                self.checkpoints[write.partition][write.bucket] = write.advance_to
+            else:
+                refused.append(write)
+        if refused:
+            self.cache.clear()
+            first = refused[0]
+            raise OutOfStepError(
+                f"{len(refused)} of {len(writes)} buckets do not stand where this worker left "
+                f"them (first: bucket {first.bucket} of partition {first.partition}, left at "
+                f"offset {first.expected}): another worker wrote, or Redis went back."
+            )
+
+    def _settle(
+        self, before: Mapping[int, UserState], changes: Mapping[int, Change], report: Report
     ) -> None:
         for user, change in changes.items():
-            if user in refused:
-                continue
             report.num_applied += change.num_applied
             report.num_duplicates += change.num_duplicates
-            report.num_skipped += change.num_skipped
             report.num_late += change.state.num_late - before[user].num_late
-            if change.state is not EMPTY_STATE:
+            if change.state.next_ordinal:
                 self.cache.put(user, change.state)

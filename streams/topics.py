@@ -26,6 +26,8 @@ RETENTION_MS: Final = "retention.ms"
 # with the producer's time brokers refuse records dated ahead and retention eats backfills.
 _LOG: Final = {TIMESTAMP_TYPE: "LogAppendTime", CLEANUP_POLICY: "delete", RETENTION_MS: "-1"}
 _TABLE: Final = {CLEANUP_POLICY: "compact"}
+# A hint that was not followed within the hour has been overtaken by many others.
+_HINTS: Final = {CLEANUP_POLICY: "delete", RETENTION_MS: "3600000"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +78,20 @@ class Topics:
         """Pointers (generation, model), newest entry wins."""
         return f"{self.prefix}.control"
 
+    @property
+    def sessions(self) -> str:
+        """Closed sessions, keyed by decimal user_id."""
+        return f"{self.prefix}.sessions"
+
+    @property
+    def nearline(self) -> str:
+        """Hints of work for the near-line app; none of them is the record of it."""
+        return f"{self.prefix}.nearline"
+
     def specs(
         self, partitions: int = DEFAULT_PARTITIONS, replication: int = 1
     ) -> tuple[TopicSpec, ...]:
-        """Return every topic; `partitions` is that of events, the others have one."""
+        """Return every topic; `partitions` is that of events and what is as wide."""
         return (
             TopicSpec(
                 name=self.events,
@@ -102,6 +114,19 @@ class Topics:
                 num_partitions=1,
                 replication=replication,
                 settings=_TABLE,
+                required=(CLEANUP_POLICY,),
+            ),
+            TopicSpec(
+                name=self.sessions,
+                num_partitions=partitions,
+                replication=replication,
+                settings=_LOG,
+            ),
+            TopicSpec(
+                name=self.nearline,
+                num_partitions=partitions,
+                replication=replication,
+                settings=_HINTS,
                 required=(CLEANUP_POLICY,),
             ),
         )

@@ -1,4 +1,7 @@
-"""`moveline worker`: Kafka in, Redis out, offsets last. Wiring; the work is in processor.py."""
+"""`moveline worker`: which partitions, from which offset, and when to pause. Wiring only.
+
+What happens to records is in effects.py; what state is, in features/state.py.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,12 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-import msgspec
-
-from features.catalogue import Item, decode_item
-from features.clock import now_ms
 from features.errors import StoreFullError, StoreUnavailableError
 from streams.control import read_pointers
-from streams.errors import DeadLetterError
+from streams.dead_letters import DeadLetterProducer
+from streams.effects import Effects
+from streams.errors import OutOfStepError, StateContendedError, WorkerStuckError
+from streams.items import ItemsReader
 from streams.kafka import (
     KafkaConfig,
     KafkaException,
@@ -23,27 +25,36 @@ from streams.kafka import (
     make_consumer,
     make_producer,
 )
+from streams.lake_fill import fill_from_lake
 from streams.metrics import WorkerMetrics
-from streams.micro_batch import MicroBatch, Record, dead_letter_headers, sort_records
+from streams.micro_batch import Record
 from streams.processor import Processor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Collection, Iterable
+    from pathlib import Path
     from threading import Event as StopEvent
 
     from features.redis import CatalogueStore, StateStore
-    from streams.kafka import Consumer, Message, Producer
+    from streams.kafka import Consumer, KafkaError, Message
     from streams.topics import Topics
 
 log = logging.getLogger("moveline.worker")
 
 # While Redis is away nothing is consumed; this is how often it is asked again.
 RETRY_S: Final = 0.5
-# Offsets are a restart hint (positions live with the state), so they need no commit per batch.
+# Kafka's offsets are for people and for dead letters; where to read from is in Redis.
 COMMIT_INTERVAL_S: Final = 0.5
+# How far behind an idle bucket's checkpoint may be: what a restart reads again, at most.
+IDLE_INTERVAL_S: Final = 5.0
 LAG_INTERVAL_S: Final = 2.0
-# A dead letter that cannot be delivered in this time stops the worker before its offset commits.
-DEAD_LETTER_TIMEOUT_S: Final = 30.0
+# Two workers that both believe they own a partition refuse each other's writes. A rebalance ends
+# that within the session time-out; past this many refusals in a row nobody is moving.
+OUT_OF_STEP_MAX: Final = 50
+# Lag that does not shrink by a single record for this long: exit, so that a supervisor can act.
+STUCK_S: Final = 30.0
+
+Place = tuple[str, int]
 
 
 def group_of(topics: Topics, generation: int) -> str:
@@ -59,16 +70,20 @@ class WorkerConfig:
         instance: static member id, unique per worker and stable across its restarts.
         batch_max: records per micro-batch at most.
         batch_wait_s: how long a micro-batch may wait to fill: the floor of freshness.
+        session_timeout_ms: silence after which the group gives this worker's partitions away.
+        lake: folder of the event log, for what Kafka no longer has; None does without.
     """
 
     instance: str | None = None
     batch_max: int = 10_000
     batch_wait_s: float = 0.01
+    session_timeout_ms: int = 10_000
+    lake: Path | None = None
 
 
 @dataclass
 class Worker:
-    """One hot worker: a consumer, a processor, a dead-letter producer."""
+    """One hot worker: a consumer, and the effects of what it reads."""
 
     kafka: KafkaConfig
     topics: Topics
@@ -76,9 +91,10 @@ class Worker:
     catalogue: CatalogueStore
     config: WorkerConfig
     metrics: WorkerMetrics = field(default_factory=WorkerMetrics)
+    clock: Callable[[], float] = time.monotonic
 
     def run(self, stop: StopEvent) -> None:
-        """Consume until `stop` is set, then commit and leave the group.
+        """Consume until `stop` is set, then bring every checkpoint up and leave the group.
 
         Raises:
             UnsafeStoreError: Redis may evict state.
@@ -89,9 +105,22 @@ class Worker:
         self.store.refuse_eviction()
         self.store.claim_generation()
         self._restore_pointers()
-        run = _Run(self, Processor(self.store, self.store.config), make_producer(self.kafka))
+        run = _Run(
+            self,
+            Effects(
+                Processor(self.store, self.store.config),
+                self.catalogue,
+                DeadLetterProducer(make_producer(self.kafka), self.topics),
+                self.metrics,
+            ),
+        )
         group = group_of(self.topics, self.store.generation)
-        consumer = make_consumer(self.kafka, group=group, instance=self.config.instance)
+        consumer = make_consumer(
+            self.kafka,
+            group=group,
+            instance=self.config.instance,
+            session_timeout_ms=self.config.session_timeout_ms,
+        )
         topics = [self.topics.events, self.topics.items]
         consumer.subscribe(
             topics, on_assign=run.on_assign, on_revoke=run.on_revoke, on_lost=run.on_lost
@@ -99,8 +128,8 @@ class Worker:
         log.info("consuming %s as group %s", topics, group)
         try:
             while not stop.is_set():
-                run.turn(consumer, stop)
-            run.commit(consumer)
+                run.turn(consumer)
+            run.finish(consumer)
         except KafkaException as error:
             raise as_stream_error(error, self.kafka) from error
         finally:
@@ -120,197 +149,286 @@ class _Run:
 
     Attributes:
         owned: partitions that the group has given to this worker.
-        done: of those, the offsets after the last record in Redis that Kafka has not been told.
-        backlog: records that a rebalance delivered while the worker was paused.
+        unplaced: of those, the ones whose offset to read from is not known yet; they are paused.
+        pending: by place, records read and not applied yet: the next ones, or Redis was away.
+        done: the offset after the last applied record of each placed partition, of no other.
+        told: what Kafka was told of `done`.
+        items: what applies the items topic.
     """
 
     worker: Worker
-    processor: Processor
-    producer: Producer
-    owned: set[tuple[str, int]] = field(default_factory=set)
-    done: dict[tuple[str, int], int] = field(default_factory=dict)
-    backlog: list[Message] = field(default_factory=list)
-    committed_at: float = field(default_factory=time.monotonic)
-    lag_at: float = 0.0
-    domains: set[int] = field(default_factory=set)
+    effects: Effects
+    owned: set[Place] = field(default_factory=set)
+    unplaced: set[Place] = field(default_factory=set)
+    pending: dict[Place, list[Message]] = field(default_factory=dict)
+    done: dict[Place, int] = field(default_factory=dict)
+    told: dict[Place, int] = field(default_factory=dict)
+    items: ItemsReader = field(init=False)
+    is_paused: bool = False
+    num_out_of_step: int = 0
+    committed_at: float = field(init=False)
+    idle_at: float = field(init=False)
+    lag_at: float = float("-inf")
+    progress_at: float = field(init=False)
+    last_total: int = -1
 
-    def turn(self, consumer: Consumer, stop: StopEvent) -> None:
-        """Take one micro-batch through every effect, or wait for one."""
+    def __post_init__(self) -> None:
+        """Nothing is due yet."""
+        self.items = ItemsReader(self.worker.catalogue, self.worker.metrics)
+        self.committed_at = self.idle_at = self.progress_at = self.worker.clock()
+
+    def turn(self, consumer: Consumer) -> None:
+        """Take what there is through every effect; while Redis is away, wait for it."""
+        try:
+            self._place(consumer)
+            self._apply()
+            self._resume(consumer)
+            self._keep_checkpoints()
+        except (StoreUnavailableError, StoreFullError) as error:
+            self._pause(consumer, error)
+            # Polling keeps the membership. A record that comes all the same is kept.
+            message = consumer.poll(RETRY_S)
+            self._take(consumer, [] if message is None else [message])
+            return
+        except OutOfStepError as error:
+            self._lose_place(consumer, error)
+            return
         config = self.worker.config
-        waiting, self.backlog = self.backlog, []
-        messages = consumer.consume(config.batch_max, config.batch_wait_s)
-        records, items = self._split([*waiting, *messages])
-        if records or items:
-            self._apply_when_possible(consumer, records, items, stop)
-        now = time.monotonic()
-        if now - self.committed_at > COMMIT_INTERVAL_S:
-            self.commit(consumer)
-        if now - self.lag_at > LAG_INTERVAL_S:
+        self._take(consumer, consumer.consume(config.batch_max, config.batch_wait_s))
+        if self.worker.clock() - self.committed_at > COMMIT_INTERVAL_S:
+            self._commit(consumer)
+        if self.worker.clock() - self.lag_at > LAG_INTERVAL_S:
             self._measure_lag(consumer)
 
-    def _split(self, messages: Sequence[Message]) -> tuple[list[Record], list[Message]]:
-        records: list[Record] = []
-        items: list[Message] = []
+    def finish(self, consumer: Consumer) -> None:
+        """Leave checkpoints and offsets where the next worker can go on without reading again."""
+        try:
+            self.effects.processor.advance_idle(self._event_ends())
+        except (StoreUnavailableError, StoreFullError, OutOfStepError) as error:
+            log.warning("checkpoints of idle buckets stay behind: %s", error)
+        self._commit(consumer)
+
+    def _take(self, consumer: Consumer, messages: Iterable[Message]) -> None:
+        """Keep the records that continue what was applied.
+
+        A rebalance while they were fetched may have taken their partition and given it back, to be
+        read from elsewhere: only what was read since its place was found counts.
+        """
         for message in messages:
             error = message.error()
             if error is not None:
-                if is_fatal(error):
-                    raise KafkaException(error)
-                log.warning("Kafka: %s", error)
+                self._refuse_fatal(error)
                 continue
-            if message.topic() == self.worker.topics.items:
-                items.append(message)
-            else:
-                records.append(to_record(message))
-        return records, items
+            place = _place_of(message)
+            if place in self.done:
+                self.pending.setdefault(place, []).append(message)
+        jumped = [place for place in self.pending if self._has_jumped(consumer, place)]
+        if jumped:
+            log.warning("Kafka no longer has the next offsets of %s", jumped)
+            self._unplace(consumer, jumped)
 
-    def _apply_when_possible(
-        self,
-        consumer: Consumer,
-        records: list[Record],
-        items: list[Message],
-        stop: StopEvent,
-    ) -> None:
-        """Apply the micro-batch; while Redis is away or full, pause, keep polling, try again."""
-        paused = False
-        while not stop.is_set():
-            try:
-                self._apply(records, items)
-            except (StoreUnavailableError, StoreFullError) as error:
-                if not paused:
-                    log.warning("paused: %s", error)
-                    self.worker.metrics.pauses.inc()
-                    paused = True
-                # Every time: a rebalance may have brought partitions that are not paused yet.
-                consumer.pause(consumer.assignment())
-                # Polling keeps the group membership; what such a partition hands out is kept.
-                message = consumer.poll(RETRY_S)
-                if message is not None:
-                    self.backlog.append(message)
-            else:
-                break
-        if paused:
+    def _has_jumped(self, consumer: Consumer, place: Place) -> bool:
+        """Return whether Kafka deleted records before they were read: the consumer skips those.
+
+        Offsets that hold no record (transaction markers) look alike, hence the question to Kafka.
+        """
+        if place[0] != self.worker.topics.events:
+            return False
+        waiting, start = self.pending[place], self.done[place]
+        if _offset_of(waiting[-1]) + 1 - start == len(waiting):
+            return False
+        low, _ = consumer.get_watermark_offsets(TopicPartition(*place), timeout=RETRY_S * 20)
+        return low > start
+
+    def _apply(self) -> None:
+        events = self.worker.topics.events
+        records = [
+            to_record(message)
+            for place, messages in self.pending.items()
+            if place[0] == events
+            for message in messages
+        ]
+        if records:
+            self.effects.apply(records)
+            self.num_out_of_step = 0
+        for place, messages in self.pending.items():
+            if place[0] != events:
+                self.items.apply(messages)
+            self.done[place] = _offset_of(messages[-1]) + 1
+        self.pending = {}
+
+    def _refuse_fatal(self, error: KafkaError) -> None:
+        if is_fatal(error):
+            raise KafkaException(error)
+        log.warning("Kafka: %s", error)
+
+    def _place(self, consumer: Consumer) -> None:
+        """Find out where Redis stands and read every unplaced partition from there."""
+        if not self.unplaced:
+            return
+        # Redis may be an older one: what it is read from again is written again.
+        self.effects.forget()
+        topics = self.worker.topics
+        events, items = self._partitions(self.unplaced)
+        starts = {
+            **{(topics.events, p): at for p, at in self.effects.processor.assign(events).items()},
+            **{(topics.items, p): at for p, at in self.items.assign(items).items()},
+        }
+        self._learn_committed(consumer, starts)
+        self.done |= {place: self._seek(consumer, place, at) for place, at in starts.items()}
+        consumer.resume([TopicPartition(*place) for place in self.unplaced])
+        self.unplaced = set()
+        self.progress_at = self.worker.clock()
+
+    def _learn_committed(self, consumer: Consumer, starts: dict[Place, int]) -> None:
+        """Read again what Kafka was not told of; dead letters before that are known to be safe."""
+        asked = [TopicPartition(*place) for place in starts]
+        for known in consumer.committed(asked, timeout=RETRY_S * 20):
+            place = known.topic, known.partition
+            if known.offset >= 0:
+                self.told[place] = known.offset
+                if place[0] == self.worker.topics.events:
+                    self.effects.dead_from[known.partition] = known.offset
+                    starts[place] = min(starts[place], known.offset)
+
+    def _seek(self, consumer: Consumer, place: Place, start: int) -> int:
+        at = TopicPartition(*place, start)
+        low, _ = consumer.get_watermark_offsets(at, timeout=RETRY_S * 20)
+        if start < low and place[0] == self.worker.topics.events:
+            low = fill_from_lake(self.effects, self.worker.config.lake, place, start=start, low=low)
+        at.offset = max(start, low)
+        consumer.seek(at)
+        log.info("reading %s[%d] from offset %d", *place, at.offset)
+        return at.offset
+
+    def _lose_place(self, consumer: Consumer, error: OutOfStepError) -> None:
+        """Drop what was read and cached; the next turn starts from where Redis stands."""
+        log.warning("%s Reading the checkpoints again.", error)
+        self.worker.metrics.refused.inc()
+        self.num_out_of_step += 1
+        if self.num_out_of_step > OUT_OF_STEP_MAX:
+            raise StateContendedError(
+                f"writes were refused {OUT_OF_STEP_MAX} times in a row: another process writes "
+                f"generation g{self.worker.store.generation}. Look for a second group or a "
+                "replay into it with `moveline status`."
+            ) from error
+        self._unplace(consumer, self.owned)
+
+    def _unplace(self, consumer: Consumer, places: Iterable[Place]) -> None:
+        gone = set(places)
+        self.unplaced |= gone
+        for place in gone:
+            self.done.pop(place, None)
+            self.pending.pop(place, None)
+        consumer.pause([TopicPartition(*place) for place in gone])
+
+    def _pause(self, consumer: Consumer, error: Exception) -> None:
+        if not self.is_paused:
+            log.warning("paused: %s", error)
+            self.worker.metrics.pauses.inc()
+            self.is_paused = True
+        # Every time: a rebalance may have brought partitions that are not paused yet.
+        consumer.pause(consumer.assignment())
+
+    def _resume(self, consumer: Consumer) -> None:
+        if self.is_paused:
             consumer.resume(consumer.assignment())
+            self.is_paused = False
+            self.progress_at = self.worker.clock()
             log.info("resumed")
 
-    def _apply(self, records: list[Record], items: list[Message]) -> None:
-        batch = sort_records(records, self.worker.store.config)
-        report = self.processor.apply(batch.by_user)
-        acknowledged_ms = now_ms()
-        self._put_new_domains(batch)
-        self._apply_items(items)
-        self._send_dead_letters(batch)
-        for record in records:
-            self._note_done(self.worker.topics.events, record.partition, record.offset)
-        for message in items:
-            at: tuple[Any, Any] = message.partition(), message.offset()
-            self._note_done(self.worker.topics.items, *at)
-        self._count(batch, report.num_applied, acknowledged_ms)
-        self.worker.metrics.add(report)
+    def _keep_checkpoints(self) -> None:
+        if self.worker.clock() - self.idle_at > IDLE_INTERVAL_S:
+            self.idle_at = self.worker.clock()
+            self.effects.processor.advance_idle(self._event_ends())
+            self.items.check(self._partitions(self.done)[1])
+            self.num_out_of_step = 0
 
-    def _note_done(self, topic: str, partition: int, offset: int) -> None:
-        """Have the next commit carry the record, unless its partition is somebody else's now."""
-        if (topic, partition) in self.owned:
-            self.done[topic, partition] = offset + 1
+    def _partitions(self, places: Collection[Place]) -> tuple[list[int], list[int]]:
+        """Return the partitions of the events topic among the places, and of the items topic."""
+        topic_of_events = self.worker.topics.events
+        events = [partition for topic, partition in places if topic == topic_of_events]
+        return events, [partition for topic, partition in places if topic != topic_of_events]
 
-    def _put_new_domains(self, batch: MicroBatch) -> None:
-        new = {code: text for code, text in batch.domains.items() if code not in self.domains}
-        self.worker.catalogue.put_domains(new)
-        # Only now: a write that failed has to be tried again.
-        self.domains |= new.keys()
+    def _event_ends(self) -> dict[int, int]:
+        events = self.worker.topics.events
+        return {partition: end for (topic, partition), end in self.done.items() if topic == events}
 
-    def _apply_items(self, messages: list[Message]) -> None:
-        items: list[Item] = []
-        for message in messages:
-            raw = message.value()
-            try:
-                items.append(decode_item(raw) if raw is not None else _withdrawn(message.key()))
-            except (msgspec.MsgspecError, ValueError) as error:
-                log.warning("item at offset %d is not readable: %s", message.offset(), error)
-                self.worker.metrics.dead_letters.labels("malformed_item").inc()
-        if items:
-            self.worker.catalogue.put_items(items)
-            self.worker.metrics.items.inc(len(items))
-
-    def _send_dead_letters(self, batch: MicroBatch) -> None:
-        """Return once every dead letter is acknowledged, so that its offset may be committed."""
-        if not batch.dead_letters:
-            return
-        topics, failed = self.worker.topics, []
-        for letter in batch.dead_letters:
-            self.producer.produce(
-                topics.dead_letters,
-                value=letter.record.value,
-                key=letter.record.key,
-                headers=list(dead_letter_headers(letter, topics.events)),
-                on_delivery=lambda error, _: failed.append(error) if error else None,
-            )
-            self.worker.metrics.dead_letters.labels(letter.reason.value).inc()
-        left = self.producer.flush(DEAD_LETTER_TIMEOUT_S)
-        if left or failed:
-            raise DeadLetterError(
-                f"{left + len(failed)} of {len(batch.dead_letters)} dead letters were not "
-                f"acknowledged within {DEAD_LETTER_TIMEOUT_S} s ({failed[:1]}): stopping before "
-                "their offsets are committed. Check the dead-letter topic, then start again."
-            )
-
-    def _count(self, batch: MicroBatch, num_applied: int, acknowledged_ms: int) -> None:
-        metrics = self.worker.metrics
-        metrics.batch.observe(batch.num_records)
-        metrics.outside.inc(batch.num_outside)
-        if num_applied:
-            oldest = min(events[0].append_time_ms for events in batch.by_user.values())
-            metrics.freshness.observe(max(0, acknowledged_ms - oldest) / 1000)
-
-    def commit(self, consumer: Consumer) -> None:
-        """Tell Kafka what is in Redis. A crash before this replays what Redis then skips.
+    def _commit(self, consumer: Consumer) -> None:
+        """Tell Kafka what is in Redis.
 
         A commit that the group refuses in the middle of a rebalance is made up for by the next
-        one, or by whoever gets the partition: it skips what the rows' positions say is in.
+        one, or by whoever gets the partition: where to read from is in Redis.
         """
-        self.committed_at = time.monotonic()
-        if not self.done:
+        self.committed_at = self.worker.clock()
+        news = {place: end for place, end in self.done.items() if self.told.get(place) != end}
+        if not news:
             return
-        offsets = [TopicPartition(topic, p, offset) for (topic, p), offset in self.done.items()]
+        offsets = [TopicPartition(*place, end) for place, end in news.items()]
         try:
             consumer.commit(offsets=offsets, asynchronous=False)
         except KafkaException as error:
             if is_fatal(error.args[0]):
                 raise
             log.warning("offsets not committed: %s", error)
-            return
-        self.done = {}
+        else:
+            self.told |= news
 
     def _measure_lag(self, consumer: Consumer) -> None:
-        self.lag_at = time.monotonic()
-        for assigned in consumer.position(consumer.assignment()):
-            if assigned.topic != self.worker.topics.events:
-                continue
-            _, high = consumer.get_watermark_offsets(assigned, cached=True)
-            lag = max(0, high - max(0, assigned.offset))
-            self.worker.metrics.lag.labels(str(assigned.partition)).set(lag)
+        self.lag_at = self.worker.clock()
+        behind = 0
+        for partition, end in self._event_ends().items():
+            at = TopicPartition(self.worker.topics.events, partition)
+            _, high = consumer.get_watermark_offsets(at, cached=True)
+            lag = max(0, high - end)
+            behind += lag
+            self.worker.metrics.lag.labels(str(partition)).set(lag)
+        self._refuse_standstill(behind)
 
-    def on_assign(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        """Log the assignment; states are read again when their users appear."""
-        self.owned |= {(p.topic, p.partition) for p in partitions}
+    def _refuse_standstill(self, behind: int) -> None:
+        """Raise if there are records to read and none has been read for too long."""
+        total = sum(self._event_ends().values())
+        # What is pending has been read; a process that was stopped for long has some when it wakes.
+        if behind == 0 or self.pending or total != self.last_total:
+            self.progress_at = self.worker.clock()
+        self.last_total = total
+        if self.worker.clock() - self.progress_at > STUCK_S:
+            raise WorkerStuckError(
+                f"{behind} records wait and none was applied for {STUCK_S:g} s: exiting so that "
+                "a supervisor can start a fresh worker. See the broker with `moveline status`."
+            )
+
+    def on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        """Take partitions, paused until it is known where to read them from."""
         log.info("assigned %s", [f"{p.topic}[{p.partition}]" for p in partitions])
+        consumer.incremental_assign(partitions)
+        places = {(p.topic, p.partition) for p in partitions}
+        self.owned |= places
+        self._unplace(consumer, places)
 
     def on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        """Commit what is done before the partitions go; the next owner starts right there."""
+        """Commit what is done before the partitions go."""
         log.info("revoked %s", [f"{p.topic}[{p.partition}]" for p in partitions])
-        self.commit(consumer)
+        self._commit(consumer)
         self._give_up(partitions)
+        consumer.incremental_unassign(partitions)
 
-    def on_lost(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        """Forget what was done on partitions that are no longer ours; committing is not ours."""
+    def on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        """Forget partitions that are somebody else's already; committing is not ours."""
         log.warning("lost %s", [f"{p.topic}[{p.partition}]" for p in partitions])
         self._give_up(partitions)
+        consumer.incremental_unassign(partitions)
 
     def _give_up(self, partitions: list[TopicPartition]) -> None:
-        for gone in partitions:
-            self.owned.discard((gone.topic, gone.partition))
-            self.done.pop((gone.topic, gone.partition), None)
-        self.processor.cache.clear()
+        gone = {(p.topic, p.partition) for p in partitions}
+        self.owned -= gone
+        self.unplaced -= gone
+        for place in gone:
+            self.done.pop(place, None)
+            self.told.pop(place, None)
+            self.pending.pop(place, None)
+        events = [p for topic, p in gone if topic == self.worker.topics.events]
+        self.effects.processor.revoke(events)
 
 
 def to_record(message: Message) -> Record:
@@ -326,8 +444,9 @@ def to_record(message: Message) -> Record:
     )
 
 
-def _withdrawn(key: bytes | None) -> Item:
-    """Return the withdrawn item a tombstone stands for."""
-    if key is None or not key.isdigit():
-        raise ValueError(f"tombstone with key {key!r}; an item's key is its decimal id")
-    return Item(item_id=int(key), name="", available=False)
+def _place_of(message: Any) -> Place:  # noqa: ANN401 - the library calls both optional
+    return message.topic(), message.partition()
+
+
+def _offset_of(message: Any) -> int:  # noqa: ANN401 - the library calls it optional
+    return int(message.offset())

@@ -159,11 +159,13 @@ def worker(
     """
     from prometheus_client import start_http_server
 
+    from features.generations import Generations
     from streams.worker import Worker, WorkerConfig
 
     settings = options.settings_of(config, kafka=kafka, redis=redis, generation=generation)
     kafka_config, topics = options.kafka_of(settings)
     store, catalogue = options.stores_of(settings)
+    Generations(store.client).refuse_some_users(store.generation)
     hot = Worker(
         kafka_config,
         topics,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -125,7 +126,7 @@ def test_an_event_from_another_partition_is_refused() -> None:
     event = Accepted(Position(0, 1, 5), 0, 1, 1, 0, 9, -1, 0.0, 1)
     state = step(EMPTY_STATE, [event], SMALL).state
     with pytest.raises(PartitionMovedError, match=r"partition 1.*partition 3"):
-        step(state, [event._replace(position=Position(0, 3, 9))], SMALL)
+        step(state, [msgspec.structs.replace(event, position=Position(0, 3, 9))], SMALL)
 
 
 @pytest.mark.parametrize("at", [-1, -5, -30, -(TRAILER_BYTES - 1)])

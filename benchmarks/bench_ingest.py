@@ -1,0 +1,122 @@
+"""How many events per second does one worker keep in Redis, and what bounds it?
+
+Workload: 1,000,000 JSON events of 100,000 users (Zipf 1.1, seed 1) in 4 partitions, published
+beforehand; state of the default sizes with duplicates, session and positions. One worker process,
+Redis and Kafka on the same machine. In the same run: a consumer that touches every value and does
+nothing (the floor), and a Faust agent that keeps the same kind of state for 50,000 of the events.
+Histories: 200 users with 10, 1,000 and 5,000 events each, rate over their last events.
+Not measured: other machines in between, more than one worker, TLS.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+from benchmarks.common import (
+    CONSOLE,
+    TOPICS,
+    WorkerProcess,
+    kafka_and_redis,
+    kafka_home,
+    publish,
+    zipf_users,
+)
+from compose.figures import report
+from features import keys
+from features.redis import connect
+from streams.kafka import KafkaConfig, TopicPartition, make_consumer, watermarks
+
+if TYPE_CHECKING:
+    from compose.local.stack import LocalStack
+
+NUM_EVENTS = int(os.environ.get("EVENTS", "1000000"))
+NUM_USERS = 100_000
+HISTORIES = (10, 1_000, 5_000)
+HISTORY_USERS = 200
+# Events per user measured at the end of each history.
+HISTORY_MEASURED = 100
+
+
+def floor(kafka: KafkaConfig) -> float:
+    """Return records/s of a consumer that looks at each value's length and does nothing."""
+    consumer = make_consumer(kafka, group="bench-floor")
+    bounds = watermarks(kafka, TOPICS.events)
+    consumer.assign([TopicPartition(TOPICS.events, p, low) for p, (low, _) in bounds.items()])
+    total = sum(high - low for low, high in bounds.values())
+    seen = num_bytes = 0
+    started = 0.0
+    while seen < total:
+        messages = consumer.consume(10_000, 1.0)
+        if messages and not started:
+            started = time.perf_counter()
+        for message in messages:
+            num_bytes += len(message.value() or b"")
+        seen += len(messages)
+    seconds = time.perf_counter() - started
+    consumer.close()
+    assert num_bytes
+    return total / seconds
+
+
+def bytes_per_user(stack: LocalStack) -> tuple[float, float]:
+    """Return Redis' memory per user and per event, as Redis itself counts it."""
+    client = connect(stack.addresses.redis)
+    used = client.info("memory")
+    rows = sum(1 for _ in client.scan_iter(match=f"{keys.PREFIX}:*:row:*", count=10_000))
+    dataset = float(used["used_memory_dataset"])
+    return dataset / rows, dataset / NUM_EVENTS
+
+
+def main_run() -> dict[str, float]:
+    """Measure the main workload and its floor."""
+    with kafka_and_redis() as (stack, kafka):
+        publish(kafka, zipf_users(NUM_EVENTS, NUM_USERS, exponent=1.1, seed=1))
+        floor_rate = floor(kafka)
+        CONSOLE.print(f"floor: {floor_rate:,.0f} records/s")
+        worker = WorkerProcess(stack)
+        rate = worker.rate_until(NUM_EVENTS)
+        CONSOLE.print(f"worker: {rate:,.0f} events/s, {worker.resident_mb():.0f} MB resident")
+        per_user, per_event = bytes_per_user(stack)
+        return {
+            "events_per_s": round(rate),
+            "floor_events_per_s": round(floor_rate),
+            "floor_ratio": round(rate / floor_rate, 3),
+            "bytes_per_user": round(per_user),
+            "bytes_per_event": round(per_event),
+            "worker_mb": round(worker.resident_mb()),
+        }
+
+
+def history_run(length: int) -> float:
+    """Return events/s over the last events of users whose history is `length` long."""
+    with kafka_and_redis() as (stack, kafka):
+        users = list(range(1, HISTORY_USERS + 1))
+        publish(kafka, users * length)
+        worker = WorkerProcess(stack)
+        worker.rate_until(HISTORY_USERS * length)
+        worker.stack.stop(worker.name)
+        publish(kafka, users * HISTORY_MEASURED)
+        again = WorkerProcess(stack, name="worker-2")
+        return again.rate_until(HISTORY_USERS * HISTORY_MEASURED)
+
+
+def main() -> None:
+    """Measure everything and report."""
+    figures: dict[str, float] = main_run()
+    for length in HISTORIES:
+        figures[f"events_per_s_history_{length}"] = round(history_run(length))
+    report(
+        "bench-ingest",
+        figures,
+        command="make bench-ingest",
+        caveats={
+            "broker": "Apache Kafka" if kafka_home() else "embedded",
+            "machine": "broker, Redis and worker share the cores",
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+-- Write the users of one bucket, and how far their partition is applied, all of it or nothing.
+-- KEYS[1] the bucket's checkpoints (hash)    KEYS[2], KEYS[3], ... row and chunks of each user
+-- ARGV[1] the checkpoint's field, "source:partition"
+-- ARGV[2] the checkpoint this write was computed from, empty when there is none yet
+-- ARGV[3] the checkpoint after it            ARGV[4] where a row's position starts, from its end
+-- then for each user: expected position (empty when no row is expected), bytes of the old row to
+-- keep (-1 replaces it), bytes to write, how many chunk arguments follow, chunk number, records...
+-- Returns 1 when written, 0 when the checkpoint differs, -n when user n's row differs.
+if (redis.call('HGET', KEYS[1], ARGV[1]) or '') ~= ARGV[2] then
+  return 0
+end
+local from_end = tonumber(ARGV[4])
+local starts = {}
+local at = 5
+for user = 1, (#KEYS - 1) / 2 do
+  local row = KEYS[2 * user]
+  if redis.call('GETRANGE', row, -from_end, -from_end + 15) ~= ARGV[at] then
+    return -user
+  end
+  starts[user] = at
+  at = at + 4 + tonumber(ARGV[at + 3])
+end
+for user, start in ipairs(starts) do
+  local keep = tonumber(ARGV[start + 1])
+  if keep < 0 then
+    redis.call('SET', KEYS[2 * user], ARGV[start + 2])
+  else
+    redis.call('SETRANGE', KEYS[2 * user], keep, ARGV[start + 2])
+  end
+  local parts = tonumber(ARGV[start + 3])
+  if parts > 0 then
+    redis.call('HSET', KEYS[2 * user + 1], unpack(ARGV, start + 4, start + 3 + parts))
+  end
+end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
+return 1

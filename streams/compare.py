@@ -1,0 +1,333 @@
+"""Two generations side by side: which users are equal, which differ, and in what.
+
+Under the same rules rows are compared byte for byte. Under other rules bytes differ by nature;
+compared is then what both define: events accepted, the session, and the newest events both hold.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from features.generations import Generations
+from features.keys import NUM_BUCKETS, bucket_of
+from features.redis import WRITTEN
+from features.row import decode_row
+from features.state import EMPTY_STATE, UserState, rebuild_window
+from streams.event_log import num_missing
+from streams.processor import Processor
+from streams.progress import progress_bar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from threading import Event as StopEvent
+
+    from features.config import StateConfig
+    from features.redis import BucketWrite, StateStore
+    from streams.event_log import EventLog, Keep
+    from streams.micro_batch import MicroBatch
+    from streams.replay import ReplayRequest
+
+_Rules = tuple["StateConfig", "StateConfig"]
+# By side, up to where each bucket of a partition is applied.
+_Applied = tuple["Mapping[int, list[int]]", "Mapping[int, list[int]]"]
+
+# Differing users that are shown; the others are counted.
+SHOWN_MAX: Final = 10
+# Live users move on while they are compared. Those that did are looked at again, this often.
+ROUNDS_MAX: Final = 6
+_ROUND_S: Final = 1.0
+# How long a round waits for the live workers to reach the end that the replay has reached: they
+# bring idle buckets up every few seconds.
+_LIVE_WAIT_S: Final = 8.0
+_POLL_S: Final = 0.05
+# Rows read from Redis at once.
+_ROWS: Final = 500
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a generation has of one user: row and waiting chunks."""
+
+    row: bytes
+    chunks: Mapping[int, bytes]
+
+
+@dataclass
+class MemoryStates:
+    """`streams.processor.States` for one writer and a sample of users: nothing leaves the process.
+
+    There is nothing to compare-and-set: nobody else writes here.
+    """
+
+    config: StateConfig
+    rows: dict[int, bytes] = field(default_factory=dict)
+    chunks: dict[int, dict[int, bytes]] = field(default_factory=dict)
+    checkpoints: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+
+    def load(self, user_ids: Sequence[int]) -> dict[int, UserState]:
+        """Return whole states, EMPTY_STATE for users that have none."""
+        window = self.config.dedup_window
+        return {
+            user: rebuild_window(decode_row(row), window) if row is not None else EMPTY_STATE
+            for user in user_ids
+            for row in [self.rows.get(user)]
+        }
+
+    def write_buckets(self, writes: Sequence[BucketWrite]) -> list[int]:
+        """Write every bucket."""
+        for write in writes:
+            for user, row in write.rows.items():
+                kept = self.rows[user][: row.keep] if row.keep >= 0 else b""
+                self.rows[user] = kept + row.data
+                numbers = map(int, row.chunks[::2])
+                chunks = dict(zip(numbers, row.chunks[1::2], strict=True))
+                self.chunks.setdefault(user, {}).update(chunks)
+            self._held(write.source, write.partition)[write.bucket] = write.advance_to
+        return [WRITTEN] * len(writes)
+
+    def read_checkpoints(self, source: int, partitions: Sequence[int]) -> dict[int, list[int]]:
+        """Return each partition's next offset by bucket, -1 where there is none."""
+        return {partition: list(self._held(source, partition)) for partition in partitions}
+
+    def _held(self, source: int, partition: int) -> list[int]:
+        return self.checkpoints.setdefault((source, partition), [-1] * NUM_BUCKETS)
+
+    def held(self, user_ids: Iterable[int]) -> dict[int, Held]:
+        """Return what there is of these users."""
+        return {
+            user: Held(self.rows[user], self.chunks.get(user, {}))
+            for user in user_ids
+            if user in self.rows
+        }
+
+
+@dataclass(kw_only=True)
+class Comparison:
+    """How two generations compare.
+
+    Attributes:
+        missing: users only the other (live) generation has.
+        extra: users only this one has.
+        moving: users that kept changing while they were compared, so that nothing is said.
+        examples: the first differing users, and in what they differ.
+        dead_letters: records of the sample that are no events under the new rules, by reason.
+    """
+
+    num_equal: int = 0
+    different: int = 0
+    missing: int = 0
+    extra: int = 0
+    moving: int = 0
+    same_rules: bool = True
+    examples: dict[int, str] = field(default_factory=dict)
+    dead_letters: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def num_users(self) -> int:
+        """Return how many users were looked at."""
+        return self.num_equal + self.different + self.missing + self.extra + self.moving
+
+    @property
+    def is_equal(self) -> bool:
+        """Return whether nothing differs."""
+        return not (self.different or self.missing or self.extra)
+
+    def add_settled(
+        self,
+        users: Sequence[int],
+        held: tuple[Mapping[int, Held], Mapping[int, Held]],
+        applied: _Applied,
+        rules: _Rules,
+    ) -> list[int]:
+        """Count the users of whom both sides have seen the same; return the others."""
+        apart = []
+        for user in users:
+            mine, other = held[0].get(user), held[1].get(user)
+            if _is_apart(user, mine, other, applied):
+                apart.append(user)
+            else:
+                self._add(user, mine, other, rules)
+        return apart
+
+    def _add(self, user: int, ours: Held | None, theirs: Held | None, rules: _Rules) -> None:
+        """Count one user."""
+        if ours is None or theirs is None:
+            self.missing += ours is None
+            self.extra += theirs is None
+            what = "only in the live one" if ours is None else "not in the live one"
+        else:
+            found = difference(ours, theirs, rules)
+            if found is None:
+                self.num_equal += 1
+                return
+            self.different += 1
+            what = found
+        if len(self.examples) < SHOWN_MAX:
+            self.examples[user] = what
+
+
+def difference(ours: Held, theirs: Held, rules: _Rules) -> str | None:
+    """Return in what two users differ, None if in nothing that can be compared."""
+    same_rules = rules[0] == rules[1]
+    if same_rules and ours.row == theirs.row:
+        return None if ours.chunks == theirs.chunks else _differing_chunks(ours, theirs)
+    mine, other = decode_row(ours.row), decode_row(theirs.row)
+    for name in ("next_ordinal", "user_session", "num_late"):
+        left, right = getattr(mine, name), getattr(other, name)
+        if left != right:
+            return f"{name}: {left} here, {right} there"
+    newest = min(len(mine.records), len(other.records), *(each.recent for each in rules))
+    left_items, right_items = mine.records[-newest:], other.records[-newest:]
+    for at, (left, right) in enumerate(zip(left_items, right_items, strict=True)):
+        if left.tobytes() != right.tobytes():
+            age = newest - at
+            return (
+                f"event {age} from the end: item {left['item_id']} here, {right['item_id']} there"
+            )
+    return "bytes of the row" if same_rules else None
+
+
+def _differing_chunks(ours: Held, theirs: Held) -> str:
+    numbers = sorted(ours.chunks.keys() | theirs.chunks.keys())
+    wrong = [n for n in numbers if ours.chunks.get(n) != theirs.chunks.get(n)]
+    return f"chunks {wrong[:5]}"
+
+
+def read_held(store: StateStore, user_ids: Sequence[int]) -> dict[int, Held]:
+    """Return what a generation has of these users; a user unknown to it is left out."""
+    held: dict[int, Held] = {}
+    generations = Generations(store.client)
+    for at in range(0, len(user_ids), _ROWS):
+        users = user_ids[at : at + _ROWS]
+        chunks = generations.chunks(store.generation, users)
+        for user, row, waiting in zip(users, store.read_rows(users), chunks, strict=True):
+            if row is not None:
+                held[user] = Held(row, waiting)
+    return held
+
+
+def compare_generations(
+    ours: StateStore, theirs: StateStore, keep: Keep, partitions: Sequence[int]
+) -> Comparison:
+    """Return how the kept users of two generations compare.
+
+    A user of whom one generation has applied what the other has not yet is looked at again, and
+    counted as moving if that does not change.
+    """
+    result = Comparison(same_rules=ours.config == theirs.config)
+    listed = Generations(ours.client).users
+    left = sorted({*listed(ours.generation, keep), *listed(theirs.generation, keep)})
+    for attempt in range(ROUNDS_MAX):
+        # Before the rows: what is applied afterwards only makes a user be looked at again.
+        applied = (
+            ours.read_checkpoints(0, partitions),
+            theirs.read_checkpoints(0, partitions),
+        )
+        held = read_held(ours, left), read_held(theirs, left)
+        left = result.add_settled(left, held, applied, (ours.config, theirs.config))
+        if not left:
+            break
+        if attempt < ROUNDS_MAX - 1:
+            time.sleep(_ROUND_S)
+    result.moving = len(left)
+    return result
+
+
+def dry_run(
+    events: EventLog,
+    request: ReplayRequest,
+    config: StateConfig,
+    live: StateStore,
+    keep: Keep,
+    stop: StopEvent,
+    *,
+    shown: bool = False,
+) -> Comparison:
+    """Return how the generation that a replay would build compares with the live one.
+
+    The sample's states are built in memory, so that Redis is only read. The replay follows the
+    log until the live rows it is compared with stand still. With `request.to_ms`, users with
+    events after it count as moving.
+    """
+    states = MemoryStates(config)
+    processor = Processor(states, config)
+    positions = request.starts(events)
+    processor.assign(list(positions))
+    result = Comparison(same_rules=config == live.config)
+    left: list[int] | None = None
+    for _ in range(1 if request.to_ms is not None else ROUNDS_MAX):
+        ends = request.ends(events)
+        for batch in _shown(events, positions, ends, config, keep=keep, shown=shown):
+            processor.apply(batch)
+            result.dead_letters.update(letter.reason.value for letter in batch.dead_letters)
+            if stop.is_set():
+                return result
+        _await_live(live, ends, stop)
+        applied = (
+            {partition: [end] * NUM_BUCKETS for partition, end in ends.items()},
+            live.read_checkpoints(0, list(ends)),
+        )
+        if left is None:
+            known = Generations(live.client).users(live.generation, keep)
+            left = sorted({*known, *states.rows})
+        held = states.held(left), read_held(live, left)
+        left = result.add_settled(left, held, applied, (config, live.config))
+        if not left:
+            break
+    result.moving = len(left or ())
+    return result
+
+
+def _shown(
+    events: EventLog,
+    positions: dict[int, int],
+    ends: Mapping[int, int],
+    config: StateConfig,
+    *,
+    keep: Keep,
+    shown: bool,
+) -> Iterator[MicroBatch]:
+    """Yield the micro-batches of the log, with a progress bar over their offsets."""
+    left = num_missing(positions, ends)
+    batches = events.batches(positions, ends, config, keep=keep)
+    with (
+        progress_bar("read the log", total=left, shown=shown and left > 0) as advance,
+        closing(batches),
+    ):
+        for batch in batches:
+            yield batch
+            now = num_missing({**positions, **batch.ends}, ends)
+            advance(left - now)
+            left = now
+
+
+def _await_live(live: StateStore, ends: Mapping[int, int], stop: StopEvent) -> None:
+    """Return once the live generation has applied everything before `ends`, or after a while."""
+    deadline = time.monotonic() + _LIVE_WAIT_S
+    while time.monotonic() < deadline and not stop.is_set():
+        checkpoints = live.read_checkpoints(0, list(ends))
+        if all(max(0, min(checkpoints[p])) >= end for p, end in ends.items()):
+            return
+        stop.wait(_POLL_S)
+
+
+def _is_apart(user: int, mine: Held | None, other: Held | None, applied: _Applied) -> bool:
+    return _lacks(user, mine, other, applied[0]) or _lacks(user, other, mine, applied[1])
+
+
+def _lacks(
+    user: int, behind: Held | None, ahead: Held | None, applied: Mapping[int, list[int]]
+) -> bool:
+    """Return whether `ahead` holds an event that was not looked at yet on the other side."""
+    if ahead is None:
+        return False
+    position = decode_row(ahead.row).position
+    if behind is not None and decode_row(behind.row).position.offset >= position.offset:
+        return False
+    return position.partition not in applied or (
+        applied[position.partition][bucket_of(user)] <= position.offset
+    )

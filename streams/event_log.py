@@ -1,0 +1,250 @@
+"""The event log from any offset to any other, as micro-batches: the lake first, then Kafka.
+
+Whoever reads with it only assigns: it joins no group and commits nothing, so that no live group
+can notice. A group name is given because librdkafka asks for one.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from features.keys import NUM_BUCKETS, bucket_of
+from features.lake import LakeFile, list_partition, read_file
+from streams.errors import BrokerUnavailableError, LogHoleError, LogTruncatedError
+from streams.kafka import (
+    TopicPartition,
+    as_stream_error,
+    is_end_of_partition,
+    is_offset_gone,
+    make_consumer,
+    offsets_for_time,
+    watermarks,
+)
+from streams.lake_fill import lake_batches
+from streams.micro_batch import MicroBatch, sort_records
+from streams.worker import to_record
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator, Mapping
+    from pathlib import Path
+
+    from features.config import StateConfig
+    from streams.kafka import Consumer, KafkaConfig, Message
+    from streams.micro_batch import Record
+
+    Keep = Callable[[int], bool]
+
+log = logging.getLogger("moveline.replay")
+
+GROUP: Final = "moveline-log-reader"
+BATCH_MAX: Final = 10_000
+# A consume that waits longer than this answers with less, so that a stop is heard soon.
+_CONSUME_S: Final = 0.2
+# A broker that delivers nothing for so long while more is there has gone.
+STALL_S: Final = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EventLog:
+    """One topic of events, in Kafka and in the lake.
+
+    Attributes:
+        lake: folder of the lake, None where there is none.
+        prefer_lake: take from the lake whatever it has; otherwise only what Kafka has no more.
+    """
+
+    kafka: KafkaConfig
+    topic: str
+    lake: Path | None = None
+    prefer_lake: bool = False
+
+    def batches(
+        self,
+        positions: dict[int, int],
+        ends: Mapping[int, int],
+        config: StateConfig,
+        *,
+        keep: Keep | None = None,
+        batch_max: int = BATCH_MAX,
+    ) -> Generator[MicroBatch, None, None]:
+        """Yield everything from `positions` to before `ends`, each partition in offset order.
+
+        Args:
+            positions: next offset by partition; moved on when the next micro-batch is asked for.
+            ends: by partition, the offset to stop before.
+            config: the rules that judge.
+            keep: whose events; of other users nothing is decoded, and their bad records are not
+                counted.
+            batch_max: records in a micro-batch, at most (of the lake: as its reader cuts them).
+
+        Raises:
+            LogHoleError: offsets that neither Kafka nor the lake has.
+            LogTruncatedError: the lake goes further than Kafka: this is another log.
+            BrokerUnavailableError: Kafka went silent.
+        """
+        while num_missing(positions, ends):
+            for batch in self._from_lake(positions, ends, config):
+                if keep is not None:
+                    batch.by_user = {u: e for u, e in batch.by_user.items() if keep(u)}
+                yield batch
+                positions.update(batch.ends)
+            # Ends early when retention overtakes it: then the lake has what Kafka dropped.
+            yield from self._from_kafka(positions, ends, config, keep=keep, batch_max=batch_max)
+
+    def starts_at(self, time_ms: int) -> dict[int, int]:
+        """Return each partition's first offset appended at or after `time_ms`, lake included."""
+        bounds = watermarks(self.kafka, self.topic)
+        found = offsets_for_time(self.kafka, self.topic, time_ms)
+        return {
+            partition: self._lake_start(partition, time_ms, low) if found[partition] <= low else at
+            for partition, (low, _) in bounds.items()
+            for at in [found[partition]]
+        }
+
+    def _lake_start(self, partition: int, time_ms: int, low: int) -> int:
+        """Return the oldest offset from `time_ms` on, when everything in Kafka is that new."""
+        if self.lake is None:
+            return low
+        for file in list_partition(self.lake, self.topic, partition):
+            if file.start >= low:
+                break
+            table = read_file(file)
+            # Append times grow with offsets: the broker stamps them.
+            at = int(table["append_time_ms"].to_numpy().searchsorted(time_ms))
+            if at < table.num_rows:
+                return min(low, int(table["offset"][at].as_py()))
+        return low
+
+    def _from_lake(
+        self, positions: dict[int, int], ends: Mapping[int, int], config: StateConfig
+    ) -> Iterator[MicroBatch]:
+        bounds = watermarks(self.kafka, self.topic)
+        for partition, start in sorted(positions.items()):
+            low, high = bounds[partition]
+            if ends[partition] > high:
+                end = ends[partition]
+                raise LogTruncatedError(self.topic, partition, lake_end=end, high=high)
+            files = self._files(partition, high)
+            covered = files[-1].end + 1 if files and files[0].start <= start else start
+            if start < min(low, ends[partition]) and covered < min(low, ends[partition]):
+                raise LogHoleError(self.topic, partition, lake_end=covered, low=low)
+            stop = covered if self.prefer_lake else low
+            yield from lake_batches(files, start, min(stop, ends[partition]), config)
+            positions[partition] = max(start, min(stop, covered, ends[partition]))
+
+    def _files(self, partition: int, high: int) -> list[LakeFile]:
+        if self.lake is None:
+            return []
+        files = list_partition(self.lake, self.topic, partition)
+        if files and files[-1].end >= high:
+            end = files[-1].end + 1
+            raise LogTruncatedError(self.topic, partition, lake_end=end, high=high)
+        return files
+
+    def _from_kafka(
+        self,
+        positions: dict[int, int],
+        ends: Mapping[int, int],
+        config: StateConfig,
+        *,
+        keep: Keep | None,
+        batch_max: int,
+    ) -> Iterator[MicroBatch]:
+        left = {p: at for p, at in positions.items() if at < ends[p]}
+        if not left:
+            return
+        consumer = make_consumer(self.kafka, group=GROUP, reader=True)
+        consumer.assign([TopicPartition(self.topic, p, at) for p, at in left.items()])
+        heard_s = time.monotonic()
+        try:
+            while num_missing(positions, ends):
+                messages = consumer.consume(batch_max, _CONSUME_S)
+                if messages:
+                    heard_s = time.monotonic()
+                elif time.monotonic() - heard_s > STALL_S:
+                    raise self._stalled(positions, ends)
+                records, moved, is_gone = self._sorted_out(messages, positions, ends)
+                if moved:
+                    yield _to_batch(records, moved, config, keep)
+                    positions.update(moved)
+                if is_gone:
+                    return
+                _pause_ended(consumer, self.topic, moved, ends)
+        finally:
+            consumer.close()
+
+    def _sorted_out(
+        self, messages: list[Message], positions: Mapping[int, int], ends: Mapping[int, int]
+    ) -> tuple[list[Record], dict[int, int], bool]:
+        """Return the records asked for, the next offsets after them, and whether one is gone."""
+        records: list[Record] = []
+        moved: dict[int, int] = {}
+        is_gone = False
+        for message in messages:
+            partition, offset = message.partition(), message.offset()
+            assert partition is not None
+            assert offset is not None
+            error = message.error()
+            if error is None:
+                if positions[partition] <= offset < ends[partition]:
+                    records.append(to_record(message))
+                offset += 1
+            elif is_offset_gone(error):
+                is_gone = True
+                continue
+            elif not is_end_of_partition(error):
+                cause = as_stream_error(error, self.kafka)
+                if not cause.retriable:
+                    raise cause
+                log.warning("%s", cause)
+                continue
+            # The end of a partition also passes over what is no record: transaction markers.
+            if offset > max(positions[partition], moved.get(partition, 0)):
+                moved[partition] = min(offset, ends[partition])
+        return records, moved, is_gone
+
+    def _stalled(
+        self, positions: Mapping[int, int], ends: Mapping[int, int]
+    ) -> BrokerUnavailableError:
+        return BrokerUnavailableError(
+            f"Kafka at {self.kafka.bootstrap} delivered nothing for {STALL_S:g} s while "
+            f"{self.topic!r} has {num_missing(positions, ends)} offsets more. What was read is "
+            "applied; look at the broker, then repeat the command, which goes on from there."
+        )
+
+
+def num_missing(positions: Mapping[int, int], ends: Mapping[int, int]) -> int:
+    """Return how many offsets are still to be read."""
+    return sum(max(0, ends[partition] - at) for partition, at in positions.items())
+
+
+def some_buckets(share: float) -> Keep:
+    """Return what keeps about this share of all users, whole buckets, the same ones every time."""
+    num_buckets = max(1, min(NUM_BUCKETS, round(share * NUM_BUCKETS)))
+    return lambda user: bucket_of(user) < num_buckets
+
+
+def _to_batch(
+    records: list[Record], moved: dict[int, int], config: StateConfig, keep: Keep | None
+) -> MicroBatch:
+    mine = records if keep is None else [r for r in records if _is_kept(r.key, keep)]
+    batch = sort_records(mine, config)
+    batch.num_records = len(records)
+    batch.ends = moved
+    return batch
+
+
+def _is_kept(key: bytes | None, keep: Keep) -> bool:
+    """Return whether a record is of a user asked for: an event's key is its decimal user id."""
+    return key is not None and key.isdigit() and keep(int(key))
+
+
+def _pause_ended(
+    consumer: Consumer, topic: str, moved: Mapping[int, int], ends: Mapping[int, int]
+) -> None:
+    done = [TopicPartition(topic, p) for p, at in moved.items() if at >= ends[p]]
+    if done:
+        consumer.pause(done)

@@ -1,0 +1,222 @@
+"""Which generation is live, how far each is behind, and moving the pointer between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from features.clock import now_ms
+from features.errors import GenerationError
+from features.generations import Generations
+from features.redis import CatalogueStore, Pointers, StateStore
+from features.schema import schema_hash
+from streams.control import (
+    Promotion,
+    read_pointers,
+    read_promotion,
+    write_pointers,
+    write_promotion,
+)
+from streams.kafka import end_offsets, group_is_active
+from streams.progress import progress_bar
+from streams.worker import group_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import redis
+
+    from features.config import StateConfig
+    from features.generations import Built
+    from streams.kafka import KafkaConfig
+    from streams.topics import Topics
+
+# What readers take while nothing was published (scoring/live.py).
+UNPUBLISHED: Final = 1
+# Records a generation may be behind and still be promoted: about a second of heavy traffic, which
+# its worker makes up for. Idle buckets' checkpoints alone can be five seconds old.
+LAG_MAX: Final = 50_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationInfo:
+    """One generation as `moveline generations` shows it."""
+
+    number: int
+    config: StateConfig
+    num_users: int
+    lag: int
+    built: Built | None
+    is_live: bool
+    is_followed: bool
+
+
+@dataclass(frozen=True)
+class Installation:
+    """Where the generations and what is said of them are kept."""
+
+    kafka: KafkaConfig
+    topics: Topics
+    client: redis.Redis
+
+    def store(self, generation: int) -> StateStore:
+        """Return a generation's state under its recorded rules.
+
+        Raises:
+            GenerationError: there is no such generation, or it is being dropped.
+        """
+        recorded = Generations(self.client).recorded()
+        built = Generations(self.client).built(generation)
+        if generation not in recorded:
+            known = ", ".join(f"g{number}" for number in recorded) or "none"
+            raise GenerationError(
+                f"there is no generation g{generation} (there are: {known}). Build it: moveline "
+                f"replay --into g{generation} --from earliest"
+            )
+        if built is not None and built.is_dropping:
+            raise GenerationError(
+                f"g{generation} is being dropped: end that with moveline drop g{generation}"
+            )
+        return StateStore(self.client, generation, recorded[generation])
+
+    def live(self) -> int | None:
+        """Return the number of the live generation; the control topic's word, not Redis'."""
+        pointers = read_pointers(self.kafka, self.topics)
+        return None if pointers is None else pointers.generation
+
+    def list(self) -> list[GenerationInfo]:
+        """Return every generation by number."""
+        generations = Generations(self.client)
+        users, live = generations.count_users(), self.live()
+        return [
+            GenerationInfo(
+                number=number,
+                config=config,
+                num_users=users[number],
+                lag=self.lag(StateStore(self.client, number, config)),
+                built=generations.built(number),
+                is_live=number == live,
+                is_followed=group_is_active(self.kafka, group_of(self.topics, number)),
+            )
+            for number, config in generations.recorded().items()
+        ]
+
+    def lag(self, store: StateStore) -> int:
+        """Return how many records of the log are not applied to every bucket."""
+        ends = end_offsets(self.kafka, self.topics.events)
+        applied = store.read_checkpoints(0, list(ends))
+        return sum(max(0, end - max(0, min(applied[p]))) for p, end in ends.items())
+
+    def promote(
+        self,
+        generation: int,
+        *,
+        model_version: int | None = None,
+        lag_max: int = LAG_MAX,
+        clock: Callable[[], int] = now_ms,
+    ) -> Promotion:
+        """Make a generation the live one, for every reader at once.
+
+        First the control topic, the record of truth, then Redis. A crash between the two is
+        healed by whoever reads the control topic next: a starting worker, or this command.
+
+        Args:
+            generation: which.
+            model_version: the model that goes live with it; None keeps the live one.
+            lag_max: records it may be behind.
+            clock: for the record.
+
+        Raises:
+            GenerationError: it is partial, behind, or the live model cannot read it.
+        """
+        before = read_pointers(self.kafka, self.topics)
+        store = self.store(generation)
+        self._refuse_partial(generation)
+        if model_version is None:
+            self._refuse_unread(store, before)
+        lag = self.lag(store)
+        if lag > lag_max:
+            raise GenerationError(
+                f"g{generation} is {lag:,} records behind, at most {lag_max:,} are allowed "
+                f"(--max-lag): let it catch up first: moveline worker --generation g{generation}"
+            )
+        live_version = None if before is None else before.model_version
+        after = Pointers(model_version or live_version, generation)
+        previous = None if before is None else before.generation
+        promotion = Promotion(generation, previous, clock())
+        if previous != generation:
+            write_promotion(self.kafka, self.topics, after, promotion)
+        elif after != before:
+            write_pointers(self.kafka, self.topics, after)
+        CatalogueStore(self.client).put_pointers(after)
+        return promotion
+
+    def demote(
+        self,
+        *,
+        to: int | None = None,
+        lag_max: int = LAG_MAX,
+        clock: Callable[[], int] = now_ms,
+    ) -> Promotion:
+        """Make the generation before the live one live again; `to` names another.
+
+        Raises:
+            GenerationError: it is not known which that is; otherwise as `promote`.
+        """
+        if to is None:
+            last, live = read_promotion(self.kafka, self.topics), self.live()
+            if last is None or last.previous is None or last.generation != live:
+                name = "anything" if live is None else f"g{live}"
+                raise GenerationError(
+                    f"the control topic does not say what was live before {name}: name it: "
+                    "moveline demote --to g1"
+                )
+            to = last.previous
+        return self.promote(to, lag_max=lag_max, clock=clock)
+
+    def drop(self, generation: int, *, shown: bool = False) -> int:
+        """Delete a generation; return how many keys that were. Interrupted, it can be repeated.
+
+        Raises:
+            GenerationError: it is live, or a worker keeps it.
+        """
+        name = f"g{generation}"
+        pointers = CatalogueStore(self.client).get_pointers()
+        read_by_redis = None if pointers is None else pointers.generation
+        if generation in {self.live() or UNPUBLISHED, read_by_redis}:
+            raise GenerationError(
+                f"{name} is live: promote another first: moveline promote g2, or moveline demote"
+            )
+        if group_is_active(self.kafka, group_of(self.topics, generation)):
+            raise GenerationError(
+                f"a worker of {name} runs (group {group_of(self.topics, generation)}) and would "
+                "build it again: stop it, then drop."
+            )
+        generations, num_keys = Generations(self.client), 0
+        if generation not in generations.recorded() and generations.built(generation) is None:
+            raise GenerationError(f"there is no generation {name}: see moveline generations")
+        with progress_bar(f"drop {name}", total=None, unit="keys", shown=shown) as advance:
+            for count in generations.drop(generation):
+                num_keys += count
+                advance(count)
+        return num_keys
+
+    def _refuse_partial(self, generation: int) -> None:
+        built = Generations(self.client).built(generation)
+        if built is not None and built.is_partial:
+            raise GenerationError(
+                f"g{generation} is partial, built with `{built}`: it can be compared, not "
+                "promoted. Build a whole one: moveline replay --into gN --from earliest"
+            )
+
+    def _refuse_unread(self, store: StateStore, live: Pointers | None) -> None:
+        """Raise if the live model was made for other features than the generation has."""
+        if live is None or live.model_version is None or live.generation == store.generation:
+            return
+        config = CatalogueStore(self.client).recorded_config(live.generation)
+        if config is not None and schema_hash(config) != schema_hash(store.config):
+            raise GenerationError(
+                f"the live model, version {live.model_version}, reads features as g"
+                f"{live.generation} has them; g{store.generation} was built under other rules. "
+                "Train and publish a model on it, then give its version: --model-version N"
+            )

@@ -1,0 +1,296 @@
+"""`moveline replay`: the same steps, from the log, into another generation.
+
+Positions are the bucket checkpoints of that generation in Redis, nothing else: a replay that was
+stopped or killed goes on where it was by being started again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections import Counter
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from features.errors import GenerationError, StoreUnavailableError
+from features.generations import Built, Generations
+from streams.control import read_pointers
+from streams.effects import Effects
+from streams.errors import OutOfStepError, StateContendedError
+from streams.event_log import BATCH_MAX, EventLog, num_missing
+from streams.kafka import end_offsets
+from streams.metrics import WorkerMetrics
+from streams.processor import Processor
+from streams.progress import progress_bar
+from streams.worker import IDLE_INTERVAL_S, OUT_OF_STEP_MAX, RETRY_S
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+    from threading import Event as StopEvent
+
+    from features.redis import CatalogueStore, StateStore
+    from streams.kafka import KafkaConfig
+    from streams.micro_batch import DeadLetter, MicroBatch
+    from streams.topics import Topics
+
+log = logging.getLogger("moveline.replay")
+
+# With a rate, a micro-batch holds this many seconds of it, so that the rate is even.
+_PACE_S: Final = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayRequest:
+    """What to replay.
+
+    Attributes:
+        origin: "earliest", "lake" (files first, whatever Kafka has), or "time".
+        from_ms: with "time", the append time to start at.
+        to_ms: the append time to end before; None ends where the log ends when it starts.
+        users: only these; the generation can be compared then, never promoted.
+        rate: events per second at most.
+        batch_max: records in a micro-batch.
+        lake: folder of the lake, for what Kafka has no more.
+    """
+
+    origin: str = "earliest"
+    from_ms: int | None = None
+    to_ms: int | None = None
+    users: frozenset[int] | None = None
+    rate: float | None = None
+    batch_max: int = BATCH_MAX
+    lake: Path | None = None
+
+    def built(self, topic: str, starts: Mapping[int, int]) -> Built:
+        """Return what is recorded of it."""
+        users = None
+        if self.users is not None:
+            text = ",".join(map(str, sorted(self.users)))
+            users = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return Built(
+            topic=topic,
+            origin=self.origin,
+            from_ms=self.from_ms,
+            to_ms=self.to_ms,
+            users=users,
+            num_users=len(self.users or ()),
+            starts={str(partition): offset for partition, offset in starts.items()},
+        )
+
+    def event_log(self, kafka: KafkaConfig, topic: str) -> EventLog:
+        """Return the log it reads."""
+        from_lake = self.origin == "lake"
+        return EventLog(kafka=kafka, topic=topic, lake=self.lake, prefer_lake=from_lake)
+
+    def starts(self, events: EventLog) -> dict[int, int]:
+        """Return the first offset by partition."""
+        if self.from_ms is not None:
+            return events.starts_at(self.from_ms)
+        return dict.fromkeys(end_offsets(events.kafka, events.topic), 0)
+
+    def ends(self, events: EventLog) -> dict[int, int]:
+        """Return the offset to stop before, by partition."""
+        if self.to_ms is not None:
+            return events.starts_at(self.to_ms)
+        return end_offsets(events.kafka, events.topic)
+
+
+@dataclass(kw_only=True)
+class ReplayReport:
+    """What one run of a replay did, and how far the generation is.
+
+    Attributes:
+        num_records: records read.
+        num_applied: events that changed a state.
+        num_missing: offsets left, because it was stopped; 0 when it is done.
+        dead_letters: records that are no events under these rules, by reason. They are counted,
+            not sent: the live workers have.
+    """
+
+    num_records: int = 0
+    num_applied: int = 0
+    num_duplicates: int = 0
+    num_missing: int = 0
+    dead_letters: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+
+
+class _NoDeadLetters:
+    def send(self, letters: Sequence[DeadLetter]) -> None:
+        """Send nothing: what is no event was set aside when it came in."""
+
+
+@dataclass
+class Replay:
+    """One run of a replay into the generation of `store`, under the rules in `store.config`."""
+
+    kafka: KafkaConfig
+    topics: Topics
+    store: StateStore
+    catalogue: CatalogueStore
+    request: ReplayRequest
+    metrics: WorkerMetrics = field(default_factory=WorkerMetrics)
+
+    def run(self, stop: StopEvent, *, shown: bool = False) -> ReplayReport:
+        """Return at the end, or after the micro-batch during which `stop` was set.
+
+        Args:
+            stop: ends between two micro-batches; the same replay goes on from there.
+            shown: a progress bar on stderr.
+
+        Raises:
+            GenerationError: the generation is live, kept by workers, or built by another replay.
+            SchemaMismatchError: it was begun under other rules.
+            StoreFullError: going on would take memory from live traffic.
+            LogHoleError: offsets that neither Kafka nor the lake has.
+            StateContendedError: somebody else writes this generation.
+            StreamError: Kafka made going on impossible.
+        """
+        events = self.request.event_log(self.kafka, self.topics.events)
+        built = self._claim(events)
+        ends = self.request.ends(events)
+        processor = Processor(self.store, self.store.config)
+        effects = Effects(processor, self.catalogue, _NoDeadLetters(), self.metrics)
+        run = _Run(self, events, effects, {int(p): at for p, at in built.starts.items()}, ends)
+        return run.to_end(stop, shown=shown)
+
+    def _claim(self, events: EventLog) -> Built:
+        generation = self.store.generation
+        self.store.ping()
+        self.store.refuse_eviction()
+        live = read_pointers(self.kafka, self.topics)
+        if live is not None and live.generation == generation:
+            raise GenerationError(
+                f"g{generation} is live: a replay builds another generation, which "
+                "`moveline promote` then makes the live one."
+            )
+        wanted = self.request.built(self.topics.events, self.request.starts(events))
+        built = Generations(self.store.client).claim(generation, wanted)
+        self.store.claim_generation()
+        return built
+
+
+@dataclass
+class _Run:
+    replay: Replay
+    events: EventLog
+    effects: Effects
+    starts: Mapping[int, int]
+    ends: dict[int, int]
+    positions: dict[int, int] = field(default_factory=dict)
+    report: ReplayReport = field(default_factory=ReplayReport)
+    num_out_of_step: int = 0
+    kept_at: float = field(default_factory=time.monotonic)
+    started_s: float = field(default_factory=time.monotonic)
+
+    def to_end(self, stop: StopEvent, *, shown: bool) -> ReplayReport:
+        self._place()
+        self._refuse_other_log()
+        total = num_missing(self.positions, self.ends)
+        name = f"replay into g{self.replay.store.generation}"
+        with progress_bar(name, total=total, shown=shown) as advance:
+            while num_missing(self.positions, self.ends) and not stop.is_set():
+                try:
+                    self._read(stop, total, advance)
+                except OutOfStepError as error:
+                    self._count_refusal(error)
+                except StoreUnavailableError as error:
+                    log.warning("waiting: %s", error)
+                    stop.wait(RETRY_S)
+                self._place_again(stop)
+        self._finish()
+        self.report.num_missing = num_missing(self.positions, self.ends)
+        self.report.seconds = time.monotonic() - self.started_s
+        return self.report
+
+    def _read(self, stop: StopEvent, total: int, advance: Callable[[int], None]) -> None:
+        request, config = self.replay.request, self.effects.processor.config
+        keep = None if request.users is None else request.users.__contains__
+        batch_max = request.batch_max
+        if request.rate is not None:
+            batch_max = max(1, min(batch_max, int(request.rate * _PACE_S)))
+        shown = total - num_missing(self.positions, self.ends)
+        batches = self.events.batches(
+            self.positions, self.ends, config, keep=keep, batch_max=batch_max
+        )
+        with closing(batches):
+            for batch in batches:
+                self._apply(batch)
+                done = total - num_missing({**self.positions, **batch.ends}, self.ends)
+                advance(max(0, done - shown))
+                shown = max(shown, done)
+                self._pace(stop)
+                if stop.is_set():
+                    self.positions.update(batch.ends)
+                    return
+
+    def _apply(self, batch: MicroBatch) -> None:
+        report = self.effects.apply_batch(batch)
+        self.num_out_of_step = 0
+        self.report.num_records += batch.num_records
+        self.report.num_applied += report.num_applied
+        self.report.num_duplicates += report.num_duplicates
+        self.report.dead_letters.update(letter.reason.value for letter in batch.dead_letters)
+        if time.monotonic() - self.kept_at > IDLE_INTERVAL_S:
+            self.kept_at = time.monotonic()
+            self.effects.processor.advance_idle({**self.positions, **batch.ends})
+            generation = self.replay.store.generation
+            Generations(self.replay.store.client).refuse_full(generation)
+
+    def _pace(self, stop: StopEvent) -> None:
+        rate = self.replay.request.rate
+        if rate is not None:
+            ahead_s = self.report.num_records / rate - (time.monotonic() - self.started_s)
+            if ahead_s > 0:
+                stop.wait(ahead_s)
+
+    def _place(self) -> None:
+        """Learn where the generation stands."""
+        applied = self.effects.processor.assign(sorted(self.starts))
+        self.positions = {p: max(start, applied[p]) for p, start in self.starts.items()}
+
+    def _refuse_other_log(self) -> None:
+        """Raise if the generation is further than Kafka: it was built from another log."""
+        highs = end_offsets(self.events.kafka, self.events.topic)
+        for partition, at in self.positions.items():
+            if at > highs[partition]:
+                name = f"g{self.replay.store.generation}"
+                raise GenerationError(
+                    f"{name} has partition {partition} of {self.events.topic} up to offset {at}, "
+                    f"Kafka ends at {highs[partition]}: it was built from another log. Point at "
+                    f"the right broker, or start over: moveline drop {name}"
+                )
+
+    def _place_again(self, stop: StopEvent) -> None:
+        if not num_missing(self.positions, self.ends) or stop.is_set():
+            return
+        while not stop.is_set():
+            try:
+                self._place()
+            except StoreUnavailableError as error:
+                log.warning("waiting: %s", error)
+                stop.wait(RETRY_S)
+            else:
+                self.effects.forget()
+                return
+
+    def _count_refusal(self, error: OutOfStepError) -> None:
+        log.warning("%s Reading the checkpoints again.", error)
+        self.num_out_of_step += 1
+        if self.num_out_of_step > OUT_OF_STEP_MAX:
+            generation = self.replay.store.generation
+            raise StateContendedError(
+                f"writes were refused {OUT_OF_STEP_MAX} times in a row: another process writes "
+                f"generation g{generation}, a worker or a second replay. Stop it, then repeat "
+                "the command."
+            ) from error
+
+    def _finish(self) -> None:
+        """Bring idle buckets up, so that lag is what it is and going on reads nothing twice."""
+        try:
+            self.effects.processor.advance_idle(self.positions)
+        except (StoreUnavailableError, OutOfStepError) as error:
+            log.warning("checkpoints of idle buckets stay behind: %s", error)
