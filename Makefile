@@ -2,6 +2,10 @@
 #   make demo [KEEP=1] [RECORD=1] [KAFKA_HOME=...]
 #                                         the main job on real data and real servers
 #   make test                             every test, against the real servers
+#   make sim [SEED=n]                     simulated crashes, zombies, restores: 10,000 seeds
+#   make faults [FAULTS=name,...] [EVENTS=n] [KAFKA_HOME=...]
+#                                         real kills, zombies, restores: state stays exact
+#   make bench-ingest, bench-freshness    measured, kept under benchmarks/results
 #   make check                            format, lint, types, import contracts (under 60 s)
 #   make figures                          benchmarks/results into README.md
 #   make up / make down                   the local stack by itself
@@ -10,9 +14,10 @@ PYTHON ?= python3.11
 TORCH_SPEC ?= torch==2.13.0
 KEEP ?=
 RECORD ?=
+SEED ?=
 BIN := .venv/bin
 
-.PHONY: demo test check format figures up down clean
+.PHONY: demo test sim faults bench-ingest bench-freshness check format figures up down clean
 
 demo: .venv/stamp-local
 	$(BIN)/moveline demo $(if $(KEEP),--keep) $(if $(RECORD),--record)
@@ -29,6 +34,20 @@ check: .venv/stamp-dev
 format: .venv/stamp-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# One seed to repeat it, or the ten thousand that have to pass.
+sim: .venv/stamp-dev
+	$(BIN)/python -m tests.sim $(if $(SEED),--seed $(SEED),--seeds 0:10000)
+
+# Every fault on real processes; SEED chooses the moments.
+faults: .venv/stamp-local
+	$(BIN)/python -m benchmarks.faults
+
+bench-ingest: .venv/stamp-local
+	$(BIN)/python -m benchmarks.bench_ingest
+
+bench-freshness: .venv/stamp-local
+	$(BIN)/python -m benchmarks.bench_freshness
 
 figures: .venv/stamp-local
 	$(BIN)/python -m benchmarks.readme

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -148,21 +147,3 @@ class WorkerProcess:
         status = Path(f"/proc/{self.running.pid}/status").read_text(encoding="utf-8")
         line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
         return int(line.split()[1]) / 1024
-
-
-def git_free_environment() -> dict[str, str]:
-    """Return the environment for a peer's process."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-
-
-def run_python(code: Path, *arguments: str, timeout_s: float) -> str:
-    """Run a peer's script to its end; return what it printed last."""
-    done = subprocess.run(
-        [sys.executable, str(code), *arguments],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=timeout_s,
-        env=git_free_environment(),
-    )
-    return done.stdout.splitlines()[-1]

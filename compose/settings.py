@@ -79,7 +79,7 @@ class WorkerSettings(_Section):
     """How the hot worker consumes."""
 
     instance: str | None = None
-    batch_max: int = Field(default=10_000, ge=1, le=100_000)
+    batch_max: int = Field(default=30_000, ge=1, le=100_000)
     batch_wait_s: float = Field(default=0.01, ge=0.001, le=5)
     metrics_host: str = "0.0.0.0"  # noqa: S104 - Prometheus scrapes from elsewhere
     metrics_port: int = Field(default=9464, ge=0, le=65_535)

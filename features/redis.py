@@ -417,3 +417,9 @@ def count_users(client: redis.Redis, generation: int) -> int:
     with mapped_errors("counting users"):
         pattern = f"{keys.PREFIX}:*:g{generation}:row:*"
         return sum(1 for _ in client.scan_iter(match=pattern, count=10_000))
+
+
+def memory_used(client: redis.Redis) -> float:
+    """Return the bytes Redis holds as data, by its own count."""
+    with mapped_errors("reading memory"):
+        return float(execute(client, "INFO", "memory")["used_memory_dataset"])

@@ -35,9 +35,9 @@ class WorkerMetrics:
             "events_outside_streams", "valid events whose action is not streamed"
         )
         self.duplicates = counter("duplicates", "events dropped as repeats of a recent event_id")
-        self.skipped = counter("redelivered", "records at or before their user's position")
+        self.skipped = counter("redelivered", "records their checkpoint says are in Redis")
         self.late = counter("late", "events too old to move their session")
-        self.refused = counter("refused_writes", "state writes refused by compare-and-set")
+        self.refused = counter("refused_writes", "times Redis was not where this worker left it")
         self.dead_letters = counter("dead_letters", "records sent to the dead letters", "reason")
         self.items = counter("items", "catalogue records applied")
         self.pauses = counter(

@@ -75,7 +75,7 @@ class WorkerConfig:
     """
 
     instance: str | None = None
-    batch_max: int = 10_000
+    batch_max: int = 30_000
     batch_wait_s: float = 0.01
     session_timeout_ms: int = 10_000
     lake: Path | None = None
@@ -120,6 +120,8 @@ class Worker:
             group=group,
             instance=self.config.instance,
             session_timeout_ms=self.config.session_timeout_ms,
+            # The next micro-batch is fetched while this one is applied.
+            prefetch_messages=2 * self.config.batch_max,
         )
         topics = [self.topics.events, self.topics.items]
         consumer.subscribe(

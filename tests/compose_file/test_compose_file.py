@@ -31,7 +31,7 @@ SETTINGS = frozenset(
     },
 )
 # Sub-commands of the console script that the services call.
-COMMANDS = frozenset({"worker", "lake", "train", "publish", "topics create"})
+COMMANDS = frozenset({"worker", "nearline", "lake", "train", "publish", "topics create"})
 # Ends with a version of at least two numbers: "26.08-py3", "v3.14.0", "8.2.10-bookworm".
 PINNED = re.compile(r"^[\w./-]+:v?\d+\.\d+[\w.-]*$")
 # A lone dollar; "$$" is Compose's way to write a plain one.
@@ -222,6 +222,7 @@ def test_every_server_and_service_of_the_stack_is_there(compose_file: dict[str, 
         "triton",
         "topics",
         "worker",
+        "nearline",
         "lake",
         "trainer",
         "prometheus",
@@ -230,7 +231,7 @@ def test_every_server_and_service_of_the_stack_is_there(compose_file: dict[str, 
 
 
 def test_our_services_are_given_every_setting(compose_file: dict[str, Any]) -> None:
-    for name in ("topics", "worker", "lake", "trainer", "triton"):
+    for name in ("topics", "worker", "nearline", "lake", "trainer", "triton"):
         assert set(compose_file["services"][name]["environment"]) == SETTINGS
 
 
@@ -251,6 +252,7 @@ def test_settings_lead_to_ports_that_services_listen_on(compose_file: dict[str, 
 def test_paths_in_settings_are_mounted_where_they_are_used(compose_file: dict[str, Any]) -> None:
     services: Services = compose_file["services"]
     assert "lake:/lake" in services["lake"]["volumes"]
+    assert "lake:/lake:ro" in services["worker"]["volumes"]
     assert {"lake:/lake:ro", "models:/models"} <= set(services["trainer"]["volumes"])
     assert "models:/models:ro" in services["triton"]["volumes"]
     assert "--model-repository=/models" in services["triton"]["command"]
@@ -264,7 +266,8 @@ def test_mounted_files_exist(compose_file: dict[str, Any], repository: Path) -> 
 
 def test_services_call_commands_that_the_console_script_has(compose_file: dict[str, Any]) -> None:
     services: Services = compose_file["services"]
-    called = {" ".join(services[name]["command"]) for name in ("worker", "lake", "topics")}
+    servers = ("worker", "nearline", "lake", "topics")
+    called = {" ".join(services[name]["command"]) for name in servers}
     (line,) = services["trainer"]["command"]
     called |= {part.strip().removeprefix("moveline ") for part in line.split("&&")}
     assert called == COMMANDS

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from streams import nearline_metrics
 from streams.metrics import METRICS_PORT_DEFAULT, WorkerMetrics
 
 # What the dashboard shows: a worker's health at a glance.
@@ -138,11 +139,13 @@ def test_prometheus_scrapes_services_that_exist(
 ) -> None:
     config = yaml_reader(repository / "compose" / "prometheus" / "prometheus.yml")
     jobs = {job["job_name"]: job for job in config["scrape_configs"]}
-    assert set(jobs) == {"worker", "triton", "prometheus"}
-    (lookup,) = jobs["worker"]["dns_sd_configs"]
-    assert set(lookup["names"]) <= set(compose_file["services"])
-    assert compose_file["services"]["worker"]["expose"] == [str(lookup["port"])]
-    assert lookup["port"] == METRICS_PORT_DEFAULT
+    ports = {"worker": METRICS_PORT_DEFAULT, "nearline": nearline_metrics.METRICS_PORT_DEFAULT}
+    assert set(jobs) == {*ports, "triton", "prometheus"}
+    for name, port in ports.items():
+        (lookup,) = jobs[name]["dns_sd_configs"]
+        assert lookup["names"] == [name]
+        assert compose_file["services"][name]["expose"] == [str(lookup["port"])]
+        assert lookup["port"] == port
     assert jobs["triton"]["static_configs"] == [{"targets": ["triton:8002"]}]
     assert "127.0.0.1:8002:8002" in compose_file["services"]["triton"]["ports"]
 

@@ -16,7 +16,7 @@ from tritonclient.grpc import model_config_pb2
 
 from compose.cli import app
 from compose.settings import Settings
-from features import keys
+from features import keys, nearline
 from features.catalogue import Item
 from features.config import DEFAULT_ACTIONS
 from features.errors import Reason
@@ -27,6 +27,7 @@ from features.state import RECORD, RECORD_BYTES
 from scoring.signature import PROVENANCE, Degraded
 from streams.metrics import WorkerMetrics
 from streams.micro_batch import DeadLetter, Record, dead_letter_headers
+from streams.nearline_metrics import NearlineMetrics
 from streams.topics import Topics
 from trainer import export
 
@@ -89,16 +90,21 @@ def test_topics(formats: str, table: Table) -> None:
 
 
 def key_makers() -> Iterator[tuple[str, str]]:
-    """Yield each maker of a Redis key in features.keys, and its key as the page writes it."""
-    for name, value in vars(keys).items():
+    """Yield each maker of a Redis key, and its key as the page writes it."""
+    for name, value in (vars(keys) | vars(nearline)).items():
         if name.endswith("_KEY"):
             yield name, value
         elif name.endswith("_key") and inspect.isfunction(value):
-            spelled = dict.fromkeys(inspect.signature(value).parameters, 7)
-            made = value(**spelled)
-            made = made.replace(f"{{b{keys.bucket_of(7)}}}", "{bBUCKET}")
-            made = made.replace(f"{{i{keys.bucket_of(7)}}}", "{iBUCKET}")
-            yield name, re.sub(r":7$", ":USER", made.replace("g7", "gN"))
+            names = list(inspect.signature(value).parameters)
+            made = value(**dict.fromkeys(names, 7)).replace("g7", "gN")
+            for tag, meant in {
+                f"{{b{keys.bucket_of(7)}}}": "{bBUCKET}",
+                f"{{i{keys.bucket_of(7)}}}": "{iBUCKET}",
+                "{b7}": "{bBUCKET}",
+                "{t7}": "{tPARTITION}",
+            }.items():
+                made = made.replace(tag, meant)
+            yield name, re.sub(r":7$", f":{names[-1].removesuffix('_id').upper()}", made)
 
 
 def test_redis_keys(formats: str, table: Table) -> None:
@@ -225,7 +231,13 @@ def test_settings_are_in_the_handbook(key: str, handbook: str) -> None:
 
 
 def test_metrics(formats: str, table: Table) -> None:
-    exported = [family.name for family in WorkerMetrics().registry.collect()]
-    assert first_names(table(formats, "metric", "counts or measures")) != []
-    described = set(re.findall(r"`(moveline_\w+)`", formats))
-    assert described == set(exported)
+    described = []
+    for header, metrics in (
+        ("metric", WorkerMetrics()),
+        ("near-line metric", NearlineMetrics()),
+    ):
+        exported = {family.name for family in metrics.registry.collect()}
+        named = first_names(table(formats, header, "counts or measures"))
+        assert set(named) == exported
+        described += named
+    assert set(re.findall(r"`(moveline_\w+)`", formats)) == set(described)

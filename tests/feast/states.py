@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from features.config import StateConfig
 from features.redis import StateStore
-from features.row import encode_write
-from features.state import EMPTY_STATE, Accepted, Position, UserState, step
+from features.state import EMPTY_STATE, Accepted, Position, UserState
 from features.view import seen_clock_ms, view_user
+from tests.small import put_states
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,13 +56,9 @@ def write_user(
 ) -> UserState:
     """Write the state that these events lead to, in several micro-batches; return it."""
     store = StateStore(client, generation, config)
-    store.claim_generation()
     state = EMPTY_STATE
     for start in range(0, len(events), 10):
-        change = step(state, events[start : start + 10], config)
-        write = encode_write(state, change, len(config.actions))
-        assert store.write({user_id: write}) == []
-        state = change.state
+        state = put_states(store, {user_id: events[start : start + 10]})[user_id]
     return state
 
 

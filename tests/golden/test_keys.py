@@ -24,8 +24,11 @@ def test_every_id_falls_into_one_of_1024() -> None:
 def test_keys() -> None:
     assert keys.row_key(1, 42) == "moveline:{b980}:g1:row:42"
     assert keys.chunks_key(12, 42) == "moveline:{b980}:g12:chunks:42"
+    assert keys.checkpoints_key(1, 980) == "moveline:{b980}:g1:checkpoints"
     assert keys.items_key(1007) == "moveline:{i368}:items"
     assert keys.generation_key(1) == "moveline:generation:g1"
+    assert keys.built_key(12) == "moveline:generation:g12:built"
+    assert keys.ITEMS_READ_KEY == "moveline:items-read"
     assert keys.POINTERS_KEY == "moveline:pointers"
     assert keys.DOMAINS_KEY == "moveline:domains"
     assert keys.TRENDING_KEY == "moveline:trending"

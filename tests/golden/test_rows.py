@@ -6,13 +6,14 @@ in docs/formats.md and CHANGELOG.md what happens to the old ones.
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING
 
 import pytest
 
 from features.config import StateConfig
-from features.keys import chunks_key, row_key
-from features.redis import StateStore
+from features.keys import bucket_of, checkpoints_key, chunks_key, row_key
+from features.redis import CHECKPOINT_DIFFERS, WRITTEN, BucketWrite, StateStore
 from features.row import (
     DEPARTED_BYTES,
     MAGIC,
@@ -38,6 +39,7 @@ from features.state import (
     rebuild_window,
     step,
 )
+from tests.small import REPOSITORY
 
 if TYPE_CHECKING:
     import redis
@@ -193,19 +195,92 @@ def test_write_arguments() -> None:
     )
 
 
+def bucket_writes() -> list[BucketWrite]:
+    """Return the writes of user 42's bucket, each with its checkpoint before and after."""
+    ends = [event.position.offset + 1 for event in EVENTS]
+    return [
+        BucketWrite(980, 0, 3, before, after, {USER: write})
+        for before, after, write in zip([-1, *ends[:-1]], ends, writes(), strict=True)
+    ]
+
+
+def test_the_commands_of_the_writes(golden_client: redis.Redis) -> None:
+    """Keys: checkpoints, row, chunks. Values: field, checkpoint before and after, 52, row."""
+    script = REPOSITORY / "features" / "lua" / "write_bucket.lua"
+    digest = hashlib.sha1(script.read_bytes(), usedforsecurity=False).hexdigest()
+    store = StateStore(golden_client, 1, TINY)
+    commands = [store._bucket_command(write) for write in bucket_writes()]
+    names = (
+        "moveline:{b980}:g1:checkpoints",
+        "moveline:{b980}:g1:row:42",
+        "moveline:{b980}:g1:chunks:42",
+    )
+    assert {command[:6] for command in commands} == {("EVALSHA", digest, 3, *names)}
+    first, append, late, last = (command[6:] for command in commands)
+    new_row = RECORDS[0] + first[6][RECORD_BYTES:]
+    assert first == (b"0:3", b"", 11, 52, b"", -1, new_row, 0)
+    assert append[:6] == (
+        b"0:3",
+        b"11",
+        12,
+        52,
+        bytes.fromhex("00000000030000000a00000000000000"),
+        48,
+    )
+    assert append[7:] == (0,)
+    assert late[:4] == (b"0:3", b"12", 14, 52)
+    assert late[7:] == (2, b"0", RECORDS[2])
+    expected = bytes.fromhex("00000000030000000d00000000000000")
+    assert last == (b"0:3", b"14", 21, 52, expected, -1, ROW, 2, b"1", RECORDS[0])
+
+
+def test_the_command_of_an_idle_bucket_carries_no_row(golden_client: redis.Redis) -> None:
+    command = StateStore(golden_client, 1, TINY)._bucket_command(BucketWrite(7, 0, 3, 5, 9, {}))
+    assert command[2:] == (1, "moveline:{b7}:g1:checkpoints", b"0:3", b"5", 9, 52)
+
+
 def test_what_the_writes_leave_in_redis(golden_client: redis.Redis) -> None:
     store = StateStore(golden_client, 1, TINY)
-    for write in writes():
-        assert store.write({USER: write}) == []
-    assert golden_client.get(row_key(1, USER)) == ROW
-    assert golden_client.hgetall(chunks_key(1, USER)) == {b"0": RECORDS[2], b"1": RECORDS[0]}
+    assert (WRITTEN, CHECKPOINT_DIFFERS) == (1, 0)
+    for write in bucket_writes():
+        assert store.write_buckets([write]) == [1]
+    assert_holds_the_row(golden_client)
+
+
+def assert_holds_the_row(client: redis.Redis) -> None:
+    assert client.get(row_key(1, USER)) == ROW
+    assert client.hgetall(chunks_key(1, USER)) == {b"0": RECORDS[2], b"1": RECORDS[0]}
+    assert client.hgetall(checkpoints_key(1, 980)) == {b"0:3": b"21"}
 
 
 @pytest.mark.parametrize("again", range(4))
 def test_a_write_from_an_older_position_is_refused(golden_client: redis.Redis, again: int) -> None:
-    """Each earlier write, sent once more, leaves every byte alone."""
+    """Each earlier write, sent once more, leaves every byte alone: 0 for its old checkpoint.
+
+    With the checkpoint as it stands it is the row that refuses: -1, for the first user's row.
+    """
     store = StateStore(golden_client, 1, TINY)
-    for write in writes():
-        store.write({USER: write})
-    assert store.write({USER: writes()[again]}) == [USER]
-    assert golden_client.get(row_key(1, USER)) == ROW
+    for write in bucket_writes():
+        store.write_buckets([write])
+    older = bucket_writes()[again]
+    assert store.write_buckets([older]) == [0]
+    assert_holds_the_row(golden_client)
+    assert store.write_buckets([older._replace(expected=21, advance_to=22)]) == [-1]
+    assert_holds_the_row(golden_client)
+
+
+def test_one_users_row_that_differs_refuses_the_whole_bucket(golden_client: redis.Redis) -> None:
+    """The reply is minus the user's place, and users before it are not written either."""
+    neighbours = (user for user in range(USER + 1, 10**6) if bucket_of(user) == 980)
+    second, third = next(neighbours), next(neighbours)
+    store = StateStore(golden_client, 1, TINY)
+    for write in bucket_writes():
+        store.write_buckets([write])
+    new, stale = writes()[0], writes()[1]
+    for rows, reply in (
+        ({second: new, USER: stale}, -2),
+        ({second: new, third: new, USER: stale}, -3),
+    ):
+        assert store.write_buckets([BucketWrite(980, 0, 3, 21, 22, rows)]) == [reply]
+        assert_holds_the_row(golden_client)
+        assert golden_client.keys("moveline:{b980}:g1:row:*") == [row_key(1, USER).encode()]

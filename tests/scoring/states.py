@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from features.row import encode_write
-from features.state import Accepted, Position, UserState, step
+from features.state import Accepted, Position, UserState
+from tests.small import put_states
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,11 +25,7 @@ def make_event(offset: int, *, item_id: int, partition: int = 0) -> Accepted:
 
 def write_user(store: StateStore, user_id: int, events: Sequence[Accepted]) -> UserState:
     """Continue a user's row by these events; return the state it holds now."""
-    store.claim_generation()
-    before = store.load([user_id])[user_id]
-    change = step(before, events, store.config)
-    assert store.write({user_id: encode_write(before, change, len(store.config.actions))}) == []
-    return change.state
+    return put_states(store, {user_id: events})[user_id]
 
 
 def write_clicks(store: StateStore, user_id: int, item_ids: Sequence[int]) -> UserState:

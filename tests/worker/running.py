@@ -14,6 +14,7 @@ from tests.waiting import TIMEOUT_S, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from features.redis import StateStore
     from streams.kafka import KafkaConfig
@@ -70,6 +71,7 @@ def running(
     *,
     instance: str | None = None,
     batch_max: int = 1_000,
+    lake: Path | None = None,
 ) -> Iterator[Running]:
     """A worker that consumes inside the block and has left its group after it."""
     worker = Worker(
@@ -77,7 +79,7 @@ def running(
         topics,
         store,
         CatalogueStore(store.client),
-        WorkerConfig(instance=instance, batch_max=batch_max),
+        WorkerConfig(instance=instance, batch_max=batch_max, lake=lake),
     )
     one = Running(worker)
     one.thread.start()

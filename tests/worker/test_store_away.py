@@ -16,7 +16,8 @@ from compose.local.processes import Launch
 from compose.local.redis import PORT_OPTION, Redis, locate
 from compose.local.server import await_ready
 from features.errors import StoreFullError, UnsafeStoreError
-from features.redis import CatalogueStore, StateStore, connect
+from features.keys import bucket_of
+from features.redis import BucketWrite, CatalogueStore, StateStore, connect
 from features.row import RowWrite
 from tests.small import SMALL
 from tests.waiting import until
@@ -135,6 +136,12 @@ def test_redis_killed_and_started_again(
         own_redis.start()
 
 
+def nobodys_write() -> BucketWrite:
+    """Return a write that a Redis with room would take: of a source that no worker reads."""
+    row = RowWrite(b"", -1, b"row", ())
+    return BucketWrite(bucket_of(10**9), 9, 0, -1, 1, {10**9: row})
+
+
 def test_redis_full(
     kafka: KafkaConfig, topics: Topics, store: StateStore, own_redis: OwnRedis
 ) -> None:
@@ -143,7 +150,7 @@ def test_redis_full(
         admin.config_set("maxmemory", 1)
         worker.wait("store_pauses_total", 1)
         with pytest.raises(StoreFullError, match="maxmemory"):
-            store.write({10**9: RowWrite(b"", -1, b"row", ())})
+            store.write_buckets([nobodys_write()])
         admin.config_set("maxmemory", 0)
     admin.close()
 
