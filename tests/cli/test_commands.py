@@ -224,7 +224,7 @@ def test_topics_are_created_once(moveline: Moveline, here: dict[str, str]) -> No
     fresh = {**here, "KAFKA__PREFIX": f"t{uuid.uuid4().hex[:12]}"}
     first = moveline("topics", "create", **fresh)
     assert first.returncode == 0
-    assert first.stderr.count(fresh["KAFKA__PREFIX"]) == 4
+    assert first.stderr.count(fresh["KAFKA__PREFIX"]) == len(Topics().specs())
     second = moveline("topics", "create", **fresh)
     assert "none, all were there" in second.stderr
     other = moveline("topics", "create", **{**fresh, "KAFKA__PARTITIONS": "9"})
