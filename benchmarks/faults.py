@@ -196,6 +196,8 @@ def run_case(name: str, case: Case, *, num_events: int, seed: int, has_apache: b
             source = random.Random(f"{name}-{seed}")  # noqa: S311 - moments, not cryptography
             bench = Bench(stack, kafka, publisher, num_events, source, has_apache)
             verdict.note = case.run(bench)
+            if bench.num_restarts:
+                verdict.note += f", {bench.num_restarts} restarts of workers that ended"
             for worker in list(bench.workers):
                 bench.leave(worker)
             judge(bench, case.generations, verdict)
