@@ -34,6 +34,21 @@ ROWS: Final = {
         ("ndcg10_popularity", "NDCG@10 of popularity"),
         ("seconds_total", "the whole demo, installs apart (s)"),
     ),
+    "bench-ingest": (
+        ("events_per_s", "events/s of one worker, Redis and broker on the same cores"),
+        ("floor_events_per_s", "records/s of a consumer that only looks at each value's length"),
+        ("events_per_s_history_10", "events/s, users with 10 events"),
+        ("events_per_s_history_1000", "events/s, users with 1,000 events"),
+        ("events_per_s_history_5000", "events/s, users with 5,000 events"),
+        ("bytes_per_user", "bytes of Redis per user, 10 events on average"),
+        ("worker_mb", "resident memory of the worker (MB)"),
+    ),
+    "faults": (
+        ("cases", "cases, each on at least 200,000 events"),
+        ("equal", "cases that ended byte for byte equal to the oracle"),
+        ("lost", "events lost"),
+        ("doubled", "events doubled"),
+    ),
 }
 
 
