@@ -123,19 +123,22 @@ class WorkerProcess:
         return sum(s.value for family in families for s in family.samples if s.name == sample)
 
     def rate_until(self, num_events: int, *, timeout_s: float = 600.0) -> float:
-        """Return events/s from the first micro-batch seen to `num_events` applied."""
-        started, first_at, first = time.perf_counter(), 0.0, 0.0
-        while True:
-            applied = self.metric("moveline_events_total")
-            now = time.perf_counter()
-            if applied and not first:
-                first, first_at = applied, now
-            if applied >= num_events:
-                return (num_events - first) / (now - first_at)
-            if now - started > timeout_s:
+        """Return events/s between the first micro-batch seen and `num_events` applied."""
+        first = self.wait_until(1, timeout_s=timeout_s)
+        first_at = time.perf_counter()
+        assert first < num_events, f"{first:,.0f} events came at once: nothing to measure"
+        self.wait_until(num_events, timeout_s=timeout_s)
+        return (num_events - first) / (time.perf_counter() - first_at)
+
+    def wait_until(self, num_events: int, *, timeout_s: float = 600.0) -> float:
+        """Return the number applied once it is at least `num_events`."""
+        deadline = time.perf_counter() + timeout_s
+        while (applied := self.metric("moveline_events_total")) < num_events:
+            if time.perf_counter() > deadline:
                 log = self.running.log.read_text(encoding="utf-8")[-2_000:]
                 raise TimeoutError(f"{applied:,.0f} of {num_events:,} events applied: {log}")
-            time.sleep(0.02)
+            time.sleep(0.01)
+        return applied
 
     def cpu_s(self) -> float:
         """Return the CPU seconds the worker has used."""
