@@ -94,7 +94,7 @@ def history_run(length: int, num_users: int) -> float:
         worker = WorkerProcess(stack)
         worker.wait_until(num_users * length)
         stack.stop(worker.name)
-        publish(kafka, users * measured)
+        publish(kafka, users * measured, first=num_users * length)
         return WorkerProcess(stack, name="worker-2").rate_until(num_users * measured)
 
 

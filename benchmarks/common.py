@@ -71,11 +71,11 @@ def zipf_users(num_events: int, num_users: int, *, exponent: float, seed: int) -
     return [int(user) for user in drawn]
 
 
-def publish(kafka: KafkaConfig, users: Sequence[int], *, topic: str = TOPICS.events) -> None:
-    """Publish one event per entry; JSON, all fields a click carries."""
+def publish(kafka: KafkaConfig, users: Sequence[int], *, first: int = 0) -> None:
+    """Publish one event per entry, numbered from `first`; JSON, all fields a click carries."""
     producer = make_producer(kafka)
     with progress_bar("publish", total=len(users), shown=True) as advance:
-        for number, user in enumerate(users):
+        for number, user in enumerate(users, start=first):
             event = Event(
                 event_id=f"event-{number:010d}",
                 user_id=user,
@@ -87,7 +87,7 @@ def publish(kafka: KafkaConfig, users: Sequence[int], *, topic: str = TOPICS.eve
             )
             while True:
                 try:
-                    producer.produce(topic, encode_event(event), b"%d" % user)
+                    producer.produce(TOPICS.events, encode_event(event), b"%d" % user)
                     break
                 except BufferError:
                     producer.poll(0.1)
