@@ -40,7 +40,7 @@ ROWS: Final = {
         ("events_per_s_history_10", "events/s, users with 10 events"),
         ("events_per_s_history_1000", "events/s, users with 1,000 events"),
         ("events_per_s_history_5000", "events/s, users with 5,000 events"),
-        ("bytes_per_user", "bytes of Redis per user, 10 events on average"),
+        ("bytes_per_user", "bytes of Redis per user that has events"),
         ("worker_mb", "resident memory of the worker (MB)"),
     ),
     "faults": (
