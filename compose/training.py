@@ -83,7 +83,7 @@ def train_package(settings: Settings, request: TrainRequest) -> TrainResult:
     config = stores_of(settings)[0].config
     _, topics = kafka_of(settings)
     files = lake.list_files(settings.lake.path, topics.events)
-    log = EventLog.from_columns(lake.read_accepted(settings.lake.path, topics.events, config))
+    log = EventLog.from_columns(_accepted_events(settings, config))
     trained = train_model(log, _train_config(request, config))
     ranker = model_ranker(trained.model, trained.source)
     metrics = measure(trained.source, ranker, split_ms=trained.split_ms, seed=request.seed)
@@ -104,6 +104,12 @@ def train_package(settings: Settings, request: TrainRequest) -> TrainResult:
     return TrainResult(package, metrics, time.monotonic() - started)
 
 
+def _accepted_events(settings: Settings, config: StateConfig) -> dict[str, lake.Column]:
+    """Return the lake's events as the generation's rules take them."""
+    _, topics = kafka_of(settings)
+    return lake.read_accepted(settings.lake.path, topics.events, config)
+
+
 def _train_config(request: TrainRequest, config: StateConfig) -> TrainConfig:
     return TrainConfig(
         budget_s=request.budget_s,
@@ -122,9 +128,7 @@ def evaluate_package(settings: Settings, package: Path, *, seed: int) -> dict[st
         TrainerError: the package is damaged, or nothing came after its split.
     """
     loaded = Package.load(package)
-    config = stores_of(settings)[0].config
-    _, topics = kafka_of(settings)
-    log = EventLog.from_columns(lake.read_accepted(settings.lake.path, topics.events, config))
+    log = EventLog.from_columns(_accepted_events(settings, stores_of(settings)[0].config))
     source = loaded.source(log)
     split_ms = int(loaded.manifest["split_ms"])
     return measure(source, loaded.ranker(source), split_ms=split_ms, seed=seed)
@@ -201,9 +205,7 @@ _TRENDING_MS = 7 * 86_400_000
 
 def read_trending(settings: Settings) -> Trending:
     """Return the items most used in the log's newest week, with their share of its events."""
-    _, topics = kafka_of(settings)
-    config = stores_of(settings)[0].config
-    columns = lake.read_accepted(settings.lake.path, topics.events, config)
+    columns = _accepted_events(settings, stores_of(settings)[0].config)
     newest = columns["event_time_ms"] >= columns["event_time_ms"].max() - _TRENDING_MS
     items, counts = np.unique(columns["item_id"][newest], return_counts=True)
     order = np.argsort(-counts, kind="stable")[:K_MAX]
