@@ -141,10 +141,26 @@ def read_file(file: LakeFile) -> pa.Table:
     try:
         return pq.read_table(file.path, schema=LAKE_SCHEMA, partitioning=None)
     except (pa.ArrowException, OSError) as error:
-        raise LakeError(
-            f"{file.path} cannot be read ({error}): restore it, or delete it and every later "
-            "file of its partition and let `moveline lake` write them again."
-        ) from error
+        raise _unreadable(file, error) from error
+
+
+def num_rows(file: LakeFile) -> int:
+    """Return how many events a file holds, without reading them.
+
+    Raises:
+        LakeError: the file is missing or truncated.
+    """
+    try:
+        return int(pq.read_metadata(file.path).num_rows)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: LakeFile, error: Exception) -> LakeError:
+    return LakeError(
+        f"{file.path} cannot be read ({error}): restore it, or delete it and every later "
+        "file of its partition and let `moveline lake` write them again."
+    )
 
 
 def write_file(path: Path, table: pa.Table) -> None:
@@ -207,7 +223,17 @@ def read_accepted(root: Path, topic: str, config: StateConfig) -> dict[str, Colu
     """
     parts = [judged_columns(table, config)[0] for _, table in read_events(root, topic)]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    # Stable: files come in log order, and a user lives in one partition.
+    return accept_columns(columns, config)
+
+
+def accept_columns(columns: dict[str, Column], config: StateConfig) -> dict[str, Column]:
+    """Return the accepted ones among judged events, sorted by (user, arrival) and numbered.
+
+    Args:
+        columns: as `judged_columns` gives them, in log order; whole users.
+        config: the generation's rules.
+    """
+    # Stable: a user lives in one partition, so log order is order of arrival.
     order = np.argsort(columns["user_id"], kind="stable")
     columns = {name: column[order] for name, column in columns.items()}
     keep = keep_first(columns["user_id"], columns["event_hash"], config.dedup_window)
