@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import msgspec
 import xxhash
 
+from features.config import FORGET_ACTION
 from features.errors import InvalidEventError, Reason
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def decode_event(value: bytes | None, *, msgpack: bool = False) -> Event:
 
 
 def decode_checked(value: bytes | None, key: bytes | None) -> Event | None:
-    """Return the event in `value` if it is JSON and `judge_ranges` would take it, else None.
+    """Return the event in `value` if it is JSON and `judge_ranges` would take it; None otherwise.
 
     None says nothing more than: decode and judge it, to learn what it is.
     """
@@ -105,7 +106,8 @@ def decode_checked(value: bytes | None, key: bytes | None) -> Event | None:
         event = _CHECKED_DECODER.decode(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return None
-    return event if key == b"%d" % event.user_id else None
+    is_plain = key == b"%d" % event.user_id and event.action != FORGET_ACTION
+    return event if is_plain else None
 
 
 def judge_ranges(event: Event, key: bytes | None) -> None:
@@ -122,6 +124,10 @@ def judge_ranges(event: Event, key: bytes | None) -> None:
         raise InvalidEventError(
             Reason.ID_OUT_OF_RANGE,
             f"user_id={event.user_id} item_id={event.item_id}, allowed 0..{ID_MAX}",
+        )
+    if event.action == FORGET_ACTION and event.item_id:
+        raise InvalidEventError(
+            Reason.ID_OUT_OF_RANGE, f"item_id={event.item_id} of a forget, which is about no item"
         )
     if key != b"%d" % event.user_id:
         raise InvalidEventError(
@@ -150,12 +156,14 @@ def judge_ranges(event: Event, key: bytes | None) -> None:
 def judge_rules(event: Event, *, append_time_ms: int, config: StateConfig) -> None:
     """Raise unless the generation's own rules take the event.
 
-    The future is measured against the broker's append time, never a worker's clock: a replay
-    must judge alike.
+    A forget is taken under any rules; its time means nothing. The future is measured against the
+    broker's append time, never a worker's clock: a replay must judge alike.
 
     Raises:
         InvalidEventError: unknown action, or dated too far after its append time.
     """
+    if event.action == FORGET_ACTION:
+        return
     if event.action not in config.actions:
         raise InvalidEventError(
             Reason.UNKNOWN_ACTION, f"action {event.action!r} is not one of {list(config.actions)}"

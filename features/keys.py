@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from numpy.typing import NDArray
 
 PREFIX: Final = "moveline"
 # Users hash into this many buckets for ever: the number is part of the key format.
@@ -22,6 +26,16 @@ def bucket_of(entity_id: int) -> int:
     (0, 632, True)
     """
     return ((entity_id * _FIBONACCI) & _MASK_64) >> _BUCKET_SHIFT
+
+
+def buckets_of(entity_ids: NDArray[Any]) -> NDArray[np.int64]:
+    """Return the bucket of each id.
+
+    >>> buckets_of(np.array([0, 1])).tolist()
+    [0, 632]
+    """
+    hashed = entity_ids.astype(np.uint64) * np.uint64(_FIBONACCI)
+    return (hashed >> np.uint64(_BUCKET_SHIFT)).astype(np.int64)
 
 
 def row_key(generation: int, user_id: int) -> str:

@@ -44,11 +44,16 @@ _PADDING: Final = tuple((0,) * (ACTIONS_MAX - used) for used in range(ACTIONS_MA
 _NO_SESSION: Final = UserSession(0, 0, 0, 0, 0, ())
 
 
+# Instead of a number of bytes to keep: the row is written anew; and its waiting chunks go too.
+REPLACE: Final = -1
+FORGET: Final = -2
+
+
 class RowWrite(NamedTuple):
     """One user's part of a bucket write: see features/lua/write_bucket.lua."""
 
     expected: bytes  # position the change was computed from, empty when there was no row
-    keep: int  # bytes of the old row that stay; -1 replaces the row
+    keep: int  # bytes of the old row that stay; REPLACE or FORGET
     data: bytes
     chunks: tuple[bytes, ...]  # number, records, number, records, ...
 
@@ -105,8 +110,10 @@ def encode_write(before: UserState, change: Change, num_actions: int) -> RowWrit
     old_bytes = len(before.tail) + len(before.departed) * DEPARTED_BYTES + TRAILER_BYTES
     suffix = after.tail[change.keep :] + end
     # SETRANGE cannot shorten a value, so a row that shrinks is replaced.
+    if change.forgets:
+        return RowWrite(expected, FORGET, after.tail + end, chunks)
     if not expected or change.chunks or change.keep + len(suffix) < old_bytes:
-        return RowWrite(expected, -1, after.tail + end, chunks)
+        return RowWrite(expected, REPLACE, after.tail + end, chunks)
     return RowWrite(expected, change.keep, suffix, chunks)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import msgspec
 import numpy as np
 
+from features.config import FORGET_CODE
 from features.errors import FeatureError
 
 if TYPE_CHECKING:
@@ -70,6 +71,15 @@ class Accepted(msgspec.Struct, frozen=True, gc=False):
     value: float
     action: int
 
+    @property
+    def is_forget(self) -> bool:
+        """Whether this is no event of the user's but the wish that those before it be forgotten.
+
+        Its `item_id` is the least ordinal to go on from: the lake, where earlier events are gone,
+        says there how many there were.
+        """
+        return self.action == FORGET_CODE
+
 
 class UserSession(NamedTuple):
     """The rolling session: bursts of events with no silence longer than the gap.
@@ -98,7 +108,8 @@ class UserState(msgspec.Struct, frozen=True, gc=False):
     Attributes:
         position: of the last applied event.
         append_time_ms: broker append time of the last applied event.
-        next_ordinal: what the next accepted event gets; equals the number accepted so far.
+        next_ordinal: what the next accepted event gets; equals the number accepted so far, those
+            forgotten among them.
         num_chunks: chunks that have left the tail.
         num_late: events too old to move the session.
         user_session: the rolling session, None before the first event.
@@ -140,6 +151,7 @@ class Change(NamedTuple):
     num_applied: int
     num_duplicates: int
     num_skipped: int  # at or before the state's position: already applied
+    forgets: bool = False  # nothing of what Redis holds but position and ordinal may stay
 
 
 class PartitionMovedError(FeatureError):
@@ -183,11 +195,13 @@ class _Work:
         "chunks",
         "config",
         "departed",
+        "forgets",
         "keep",
         "last",
         "newest_ms",
         "num_chunks",
         "num_duplicates",
+        "num_jumped",
         "num_late",
         "num_skipped",
         "ordinal",
@@ -204,6 +218,7 @@ class _Work:
         self.state = state
         self.config = config
         self.are_new = False
+        self.forgets = False
         self.tail = bytearray(state.tail)
         self.tail_bytes_max = config.tail_max * RECORD_BYTES
         self.window = bytearray(state.window)
@@ -220,6 +235,7 @@ class _Work:
         self.newest_ms = _time_of_last(state.tail)
         self.num_duplicates = 0
         self.num_skipped = 0
+        self.num_jumped = 0  # ordinals that no event here got
 
     def apply(self, event: Accepted) -> None:
         position = event.position
@@ -228,6 +244,9 @@ class _Work:
             _refuse_moved(last, position)
         elif position.offset <= last.offset:
             self.num_skipped += 1
+            return
+        if event.action == FORGET_CODE:
+            self._forget(event)
             return
         ordinal = self.ordinal
         record = _PACK_RECORD(
@@ -269,6 +288,21 @@ class _Work:
         self.tail[at:at] = record
         self.keep = min(self.keep, at)
 
+    def _forget(self, event: Accepted) -> None:
+        """Start anew, but for the position and the ordinals."""
+        self.tail = bytearray()
+        self.window = bytearray()
+        self.departed = ()
+        self.user_session = _OpenSession(None, self.config)
+        self.chunks = []
+        self.num_chunks = self.num_late = self.keep = 0
+        self.newest_ms = _NO_TIME
+        self.last = event
+        self.position = event.position
+        self.num_jumped += max(0, event.item_id - self.ordinal)
+        self.ordinal = max(self.ordinal, event.item_id)
+        self.forgets = True
+
     def _depart(self) -> None:
         size = self.config.chunk * RECORD_BYTES
         chunk = bytes(self.tail[:size])
@@ -283,7 +317,6 @@ class _Work:
         self.departed = tuple(sorted((*self.departed, *(Departed(o, h) for o, h in counted))))
 
     def change(self) -> Change:
-        applied = self.ordinal - self.state.next_ordinal
         after = self.state
         if self.last is not None:
             after = UserState(
@@ -298,7 +331,13 @@ class _Work:
                 window=bytes(self.window[-self.window_bytes :]),
             )
         return Change(
-            after, self.keep, tuple(self.chunks), applied, self.num_duplicates, self.num_skipped
+            after,
+            self.keep,
+            tuple(self.chunks),
+            self.ordinal - self.state.next_ordinal - self.num_jumped,
+            self.num_duplicates,
+            self.num_skipped,
+            self.forgets,
         )
 
 

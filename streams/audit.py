@@ -141,11 +141,11 @@ def _difference(events: list[Accepted], held: Held | None, store: StateStore) ->
     oracle = oracle_state(events, store.config)
     current = row.user_session
     facts: dict[str, tuple[Any, Any]] = {
-        "events accepted": (row.next_ordinal, len(oracle.accepted)),
+        "events accepted": (row.next_ordinal, oracle.next_ordinal),
         "late events": (row.num_late, oracle.num_late),
         "session": (current and current._asdict(), oracle.session),
         "chunks": (row.num_chunks, len(oracle.chunks)),
-        "position": (row.position, oracle.accepted[-1].event.position if oracle.accepted else None),
+        "position": (row.position, oracle.position),
     }
     for name, (ours, theirs) in facts.items():
         if ours != theirs:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from features.generations import Generations
 from features.keys import NUM_BUCKETS, bucket_of
 from features.redis import WRITTEN
-from features.row import decode_row
+from features.row import FORGET, decode_row
 from features.state import EMPTY_STATE, UserState, rebuild_window
 from streams.event_log import num_missing
 from streams.processor import Processor
@@ -86,6 +86,8 @@ class MemoryStates:
                 self.rows[user] = kept + row.data
                 numbers = map(int, row.chunks[::2])
                 chunks = dict(zip(numbers, row.chunks[1::2], strict=True))
+                if row.keep == FORGET:
+                    self.chunks.pop(user, None)
                 self.chunks.setdefault(user, {}).update(chunks)
             self._held(write.source, write.partition)[write.bucket] = write.advance_to
             replies.append(WRITTEN)

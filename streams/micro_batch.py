@@ -124,8 +124,7 @@ def to_accepted(event: Event, record: Record, codes: dict[str, int], source: int
 def sort_records(records: Iterable[Record], config: StateConfig) -> MicroBatch:
     """Return the micro-batch in `records`; nothing is dropped without a count."""
     batch = MicroBatch()
-    codes = {action: code for code, action in enumerate(config.actions)}
-    streamed = frozenset(config.stream_actions)
+    codes, entering = config.codes, config.entering
     tolerance_ms = config.future_tolerance_ms
     by_user, domains, ends = batch.by_user, batch.domains, batch.ends
     for record in records:
@@ -138,7 +137,7 @@ def sort_records(records: Iterable[Record], config: StateConfig) -> MicroBatch:
             except InvalidEventError as error:
                 batch.dead_letters.append(DeadLetter(record, error.reason, error.detail))
                 continue
-        if event.action not in streamed:
+        if event.action not in entering:
             batch.num_outside += 1
             continue
         accepted = to_accepted(event, record, codes)

@@ -258,6 +258,7 @@ class Processor:
         for user, change in changes.items():
             report.num_applied += change.num_applied
             report.num_duplicates += change.num_duplicates
-            report.num_late += change.state.num_late - before[user].num_late
+            late_before = 0 if change.forgets else before[user].num_late
+            report.num_late += change.state.num_late - late_before
             if change.state.next_ordinal:
                 self.cache.put(user, change.state)

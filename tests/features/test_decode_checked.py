@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -54,6 +55,14 @@ def test_takes_what_judging_takes(fields: dict[str, object], key: bytes | None, 
     found = decode_checked(value, key)
     assert found is not None
     assert msgspec.structs.asdict(found) == msgspec.structs.asdict(expected)
+
+
+def test_leaves_a_forget_to_the_judges() -> None:
+    forget = {**PLAIN, "action": "forget", "item_id": 0}
+    assert decode_checked(msgspec.json.encode(forget), b"7") is None
+    judge_ranges(decode_event(msgspec.json.encode(forget)), b"7")
+    with pytest.raises(InvalidEventError, match="about no item"):
+        judge_ranges(decode_event(msgspec.json.encode({**forget, "item_id": 3})), b"7")
 
 
 def test_takes_an_event_and_nothing_else() -> None:

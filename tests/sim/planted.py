@@ -105,6 +105,19 @@ class _OrdinalsRestarted(_Work):
         self.ordinal = 0
 
 
+class _ChunksNotForgotten(_Work):
+    def _forget(self, event: Accepted) -> None:
+        super()._forget(event)
+        self.forgets = False
+
+
+class _WindowNotForgotten(_Work):
+    def _forget(self, event: Accepted) -> None:
+        window = self.window
+        super()._forget(event)
+        self.window = window
+
+
 class _ChunkOverwritten(_Work):
     def _depart(self) -> None:
         super()._depart()
@@ -310,6 +323,13 @@ PLANTED: Final = {
         "ordinals start again after a chunk left",
         ((processor, "step", _stepping(_OrdinalsRestarted)),),
     ),
+    "chunks-not-forgotten": Plant(
+        "a forget leaves the waiting chunks", ((processor, "step", _stepping(_ChunksNotForgotten)),)
+    ),
+    "window-not-forgotten": Plant(
+        "a forget leaves the duplicate window",
+        ((processor, "step", _stepping(_WindowNotForgotten)),),
+    ),
     "chunk-overwritten": Plant(
         "every chunk is chunk 0", ((processor, "step", _stepping(_ChunkOverwritten)),)
     ),
@@ -320,6 +340,7 @@ PLANTED: Final = {
     "domains-after-states": Plant(
         "a domain's text is written after the states",
         ((Effects, "apply_batch", _domains_after_states),),
+        seed=2054,
     ),
     "domains-remembered": Plant(
         "a domain once written is never written again", ((Effects, "forget", _nothing),)

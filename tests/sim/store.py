@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from features.catalogue import decode_item, encode_item
 from features.errors import StoreFullError, StoreUnavailableError
 from features.redis import CHECKPOINT_DIFFERS, WRITTEN, BucketWrite
-from features.row import POSITION_BYTES, POSITION_FROM_END, decode_row
+from features.row import FORGET, POSITION_BYTES, POSITION_FROM_END, decode_row
 from features.state import EMPTY_STATE, UserState, rebuild_window
 
 if TYPE_CHECKING:
@@ -39,19 +39,23 @@ class SimRedis:
     is_away: bool = False
     is_full: bool = False
 
-    def write(self, changes: Mapping[Key, Value]) -> None:
-        """One command: all of it happens, at once."""
+    def write(self, changes: Mapping[Key, Value | None]) -> None:
+        """One command: all of it happens, at once. None deletes."""
         self.journal.append([(key, self.data.get(key)) for key in changes])
-        self.data.update(changes)
+        for key, value in changes.items():
+            self._put(key, value)
 
     def restore(self, num_commands: int) -> None:
         """Stand again where Redis stood after its first `num_commands` commands."""
         while len(self.journal) > num_commands:
             for key, before in self.journal.pop():
-                if before is None:
-                    del self.data[key]
-                else:
-                    self.data[key] = before
+                self._put(key, before)
+
+    def _put(self, key: Key, value: Value | None) -> None:
+        if value is None:
+            self.data.pop(key, None)
+        else:
+            self.data[key] = value
 
     def row(self, user: int) -> bytes:
         """Return a user's row, empty when there is none."""
@@ -80,9 +84,11 @@ class SimRedis:
         for number, (user, row) in enumerate(write.rows.items(), 1):
             if self.row_differs(user, row):
                 return -number
-        changes: dict[Key, Value] = {}
+        changes: dict[Key, Value | None] = {}
         for user, row in write.rows.items():
             changes["row", user] = patched(self.row(user), row)
+            if row.keep == FORGET:
+                changes |= {("chunk", user, number): None for number in self.chunks(user)}
             parts = row.chunks
             changes |= {("chunk", user, parts[i]): parts[i + 1] for i in range(0, len(parts), 2)}
         place = "checkpoint", write.bucket, write.source, write.partition

@@ -167,7 +167,7 @@ def expected_of(events: Sequence[Accepted], config: StateConfig) -> Expected:
     assert [chunk["ordinal"].tolist() for chunk in chunks] == [
         [n.ordinal for n in chunk] for chunk in oracle.chunks
     ]
-    assert change.state.next_ordinal == len(oracle.accepted)
+    assert change.state.next_ordinal == oracle.next_ordinal
     assert change.state.num_late == oracle.num_late
     current = change.state.user_session
     assert (current and current._asdict()) == oracle.session
