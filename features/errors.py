@@ -68,5 +68,11 @@ class LakeError(FeatureError):
     """The event log on disk is missing, truncated or has a hole."""
 
 
+class LakeBusyError(LakeError):
+    """Another process writes the same partition's files."""
+
+    retriable = True
+
+
 class ReadOnlyViewError(FeatureError):
     """A view owned by the stream worker was written through Feast."""

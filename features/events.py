@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
 import xxhash
@@ -49,6 +49,19 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=Fa
     position: int | None = None
 
 
+class _Checked(Event, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+    """An event whose ranges the decoder looks at: what `judge_ranges` would refuse, it refuses."""
+
+    user_id: Annotated[int, msgspec.Meta(ge=0, le=ID_MAX)]
+    item_id: Annotated[int, msgspec.Meta(ge=0, le=ID_MAX)]
+    event_time_ms: Annotated[int, msgspec.Meta(ge=0, le=TIME_MS_MAX)]
+    v: Annotated[int, msgspec.Meta(ge=EVENT_VERSION, le=EVENT_VERSION)] = EVENT_VERSION
+    dwell_ms: Annotated[int, msgspec.Meta(ge=0, le=DWELL_MS_MAX)] | None = None
+    value: Annotated[float, msgspec.Meta(ge=-VALUE_MAX, le=VALUE_MAX)] | None = None
+    position: Annotated[int, msgspec.Meta(ge=0, le=POSITION_MAX)] | None = None
+
+
+_CHECKED_DECODER: Final = msgspec.json.Decoder(_Checked)
 _JSON_DECODER: Final = msgspec.json.Decoder(Event)
 _MSGPACK_DECODER: Final = msgspec.msgpack.Decoder(Event)
 _JSON_ENCODER: Final = msgspec.json.Encoder()
@@ -80,6 +93,19 @@ def decode_event(value: bytes | None, *, msgpack: bool = False) -> Event:
         raise InvalidEventError(Reason.MALFORMED, str(error)) from error
     except UnicodeDecodeError as error:
         raise InvalidEventError(Reason.MALFORMED, f"not UTF-8: {error}") from error
+
+
+def decode_checked(value: bytes | None, key: bytes | None) -> Event | None:
+    """Return the event in `value` if it is JSON and `judge_ranges` would take it, else None.
+
+    None says nothing more than: decode and judge it, to learn what it is.
+    """
+    try:
+        # A value of None is a TypeError; everything else that is wrong, a ValueError.
+        event = _CHECKED_DECODER.decode(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    return event if key == b"%d" % event.user_id else None
 
 
 def judge_ranges(event: Event, key: bytes | None) -> None:

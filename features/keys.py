@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 PREFIX: Final = "moveline"
 # Users hash into this many buckets for ever: the number is part of the key format.
@@ -29,6 +32,12 @@ def row_key(generation: int, user_id: int) -> str:
 def chunks_key(generation: int, user_id: int) -> str:
     """Return the key of a user's waiting chunks: a hash of chunk number to records."""
     return f"{PREFIX}:{{b{bucket_of(user_id)}}}:g{generation}:chunks:{user_id}"
+
+
+def user_keys(generation: int, bucket: int, user_ids: Iterable[int]) -> list[str]:
+    """Return `row_key` and `chunks_key` of each user in turn; all of them are in `bucket`."""
+    row, chunks = (f"{PREFIX}:{{b{bucket}}}:g{generation}:{kind}:" for kind in ("row", "chunks"))
+    return [f"{kind}{user}" for user in user_ids for kind in (row, chunks)]
 
 
 def checkpoints_key(generation: int, bucket: int) -> str:

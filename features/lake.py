@@ -1,13 +1,15 @@
 """The event log as Parquet: schema, file names, and reading it back in log order.
 
 `streams/lake.py` writes it. One folder per partition; each file's name carries the offsets it
-covers, [start, end], and starts where the one before it ended, so the names alone say what the
-lake holds. Files appear by rename or hard link, whole or not at all.
+covers, [start, end], and starts where the one before it ended. Files appear by rename, whole or
+not at all, and never change. Which of them count, where some were written anew, is said by
+`features/lake_manifest.py`.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -18,6 +20,7 @@ import pyarrow.parquet as pq
 
 from features.errors import LakeError
 from features.events import domain_hash
+from features.lake_manifest import newest_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,6 +48,11 @@ LAKE_SCHEMA: Final = pa.schema(
     ]
 )
 Column = np.ndarray[tuple[int], np.dtype[Any]]
+# No file crosses a multiple of this, so that small ones can be merged into the same large ones by
+# whoever does it, whenever.
+BLOCK_OFFSETS: Final = 65_536
+# Dictionary columns have 16-bit codes: a row group may not hold more texts than that.
+ROW_GROUP_ROWS: Final = 32_768
 _FILE_NAME: Final = re.compile(r"^(\d{20})-(\d{20})\.parquet$")
 
 
@@ -72,29 +80,42 @@ def file_name(start: int, end: int) -> str:
     return f"{start:020d}-{end:020d}.parquet"
 
 
+def as_file(partition: int, path: Path) -> LakeFile | None:
+    """Return the file at a path, None for a name that is not a published file's."""
+    match = _FILE_NAME.match(path.name)
+    return LakeFile(partition, int(match[1]), int(match[2]), path) if match else None
+
+
 def list_files(root: Path, topic: str) -> list[LakeFile]:
-    """Return the published files by partition and offset.
+    """Return the files that count, by partition and offset.
 
     Raises:
         LakeError: files of a partition overlap or leave a hole.
     """
-    folders = (root / topic).glob("partition=*")
-    partitions = sorted(int(folder.name.split("=")[1]) for folder in folders)
+    partitions = list_partitions(root, topic)
     return [file for partition in partitions for file in list_partition(root, topic, partition)]
 
 
+def list_partitions(root: Path, topic: str) -> list[int]:
+    """Return the partitions that have a folder, ascending."""
+    return sorted(int(folder.name.split("=")[1]) for folder in (root / topic).glob("partition=*"))
+
+
 def list_partition(root: Path, topic: str, partition: int) -> list[LakeFile]:
-    """Return one partition's published files by offset; none if its folder is not there.
+    """Return one partition's files that count, by offset; none if its folder is not there.
+
+    Who holds this list may read on while a newer revision appears: its files stay for a while.
 
     Raises:
-        LakeError: files overlap or leave a hole.
+        LakeError: files overlap or leave a hole, or the manifest cannot be read.
     """
     folder = partition_folder(root, topic, partition)
-    paths = folder.iterdir() if folder.is_dir() else ()
-    matches = ((path, _FILE_NAME.match(path.name)) for path in paths)
-    files = sorted(
-        LakeFile(partition, int(match[1]), int(match[2]), path) for path, match in matches if match
-    )
+    paths = list(folder.iterdir()) if folder.is_dir() else []
+    manifest = newest_manifest(folder, [path.name for path in paths])
+    listed = manifest.files if manifest else ()
+    files = [LakeFile(partition, one.start, one.end, folder / one.path) for one in listed]
+    unlisted = (file for path in paths if (file := as_file(partition, path)))
+    files += sorted(file for file in unlisted if manifest is None or file.start > manifest.end)
     for before, after in itertools.pairwise(files):
         if after.start != before.end + 1:
             raise LakeError(
@@ -124,6 +145,29 @@ def read_file(file: LakeFile) -> pa.Table:
             f"{file.path} cannot be read ({error}): restore it, or delete it and every later "
             "file of its partition and let `moveline lake` write them again."
         ) from error
+
+
+def write_file(path: Path, table: pa.Table) -> None:
+    """The events lie at the path, durably; the name becomes visible by the caller's rename."""
+    # Dictionaries are made anew, so that no text stays whose events are left out.
+    arrays = [_encoded(table[name], LAKE_SCHEMA.field(name).type) for name in LAKE_SCHEMA.names]
+    table = pa.Table.from_arrays(arrays, schema=LAKE_SCHEMA)
+    with path.open("wb") as file:
+        pq.write_table(table, file, row_group_size=ROW_GROUP_ROWS, compression="zstd")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _encoded(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    """Return the column as the lake has it; a dictionary serves one row group (ROW_GROUP_ROWS)."""
+    if not pa.types.is_dictionary(kind):
+        return column.cast(kind)
+    texts = column.cast(pa.string()).combine_chunks()
+    chunks = [
+        texts.slice(at, ROW_GROUP_ROWS).dictionary_encode().cast(kind)
+        for at in range(0, len(texts), ROW_GROUP_ROWS)
+    ]
+    return pa.chunked_array(chunks, kind)
 
 
 def read_events(root: Path, topic: str) -> Iterator[tuple[LakeFile, pa.Table]]:

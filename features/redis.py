@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from itertools import tee
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
@@ -27,6 +28,7 @@ from features.errors import (
     StoreUnavailableError,
     UnsafeStoreError,
 )
+from features.pipeline import replies_to
 from features.row import (
     POSITION_FROM_END,
     RowWrite,
@@ -197,8 +199,10 @@ class StateStore:
             for user, row in zip(user_ids, rows, strict=True)
         }
 
-    def write_buckets(self, writes: Sequence[BucketWrite]) -> list[int]:
+    def write_buckets(self, writes: Iterable[BucketWrite]) -> list[int]:
         """Write each bucket whole or not at all; return a reply for each.
+
+        Redis works on the first ones while `writes` still yields later ones.
 
         WRITTEN, or what differed from what the write was computed from: CHECKPOINT_DIFFERS when
         Redis is older or another worker wrote, a negative number for a user's row.
@@ -206,27 +210,37 @@ class StateStore:
         Raises:
             StoreError: Redis did not answer or is full; some buckets may be written.
         """
-        commands = [self._bucket_command(write) for write in writes]
+        writes, again = tee(writes)
         try:
-            return self._pipelined(commands, "writing states")
+            return self._write_streamed(writes)
         except _ScriptMissingError:
             with mapped_errors("loading the write script"):
                 execute(self.client, "SCRIPT LOAD", _script())
-            return self._pipelined(commands, "writing states")
+            return self._write_streamed(again)
+
+    def _write_streamed(self, writes: Iterable[BucketWrite]) -> list[int]:
+        doing = "writing states"
+        with mapped_errors(doing):
+            replies = replies_to(self.client, map(self._bucket_command, writes))
+        return _refuse_errors(replies, doing)
 
     def _bucket_command(self, write: BucketWrite) -> tuple[Any, ...]:
-        names = [keys.checkpoints_key(self.generation, write.bucket)]
         values: list[Any] = [
             b"%d:%d" % (write.source, write.partition),
             b"" if write.expected < 0 else b"%d" % write.expected,
             write.advance_to,
             POSITION_FROM_END,
         ]
-        for user, row in write.rows.items():
-            names.append(keys.row_key(self.generation, user))
-            names.append(keys.chunks_key(self.generation, user))
-            values += (row.expected, row.keep, row.data, len(row.chunks), *row.chunks)
-        return ("EVALSHA", _script_digest(), len(names), *names, *values)
+        for expected, keep, data, chunks in write.rows.values():
+            values += (expected, keep, data, len(chunks), *chunks)
+        return (
+            "EVALSHA",
+            _script_digest(),
+            1 + 2 * len(write.rows),
+            keys.checkpoints_key(self.generation, write.bucket),
+            *keys.user_keys(self.generation, write.bucket, write.rows),
+            *values,
+        )
 
     def read_checkpoints(self, source: int, partitions: Sequence[int]) -> dict[int, list[int]]:
         """Return for each partition the next offset of each bucket, -1 where there is none."""
@@ -297,13 +311,18 @@ class StateStore:
                 _queue(pipeline, *command)
             with mapped_errors(doing):
                 replies += pipeline.execute(raise_on_error=False)
-        for reply in replies:
-            if isinstance(reply, NoScriptError):
-                raise _ScriptMissingError(str(reply))
-            if isinstance(reply, ResponseError):
-                with mapped_errors(doing):
-                    raise reply
-        return replies
+        return _refuse_errors(replies, doing)
+
+
+def _refuse_errors(replies: list[Any], doing: str) -> list[Any]:
+    """Return the replies if none of them is an error."""
+    for reply in replies:
+        if isinstance(reply, NoScriptError):
+            raise _ScriptMissingError(str(reply))
+        if isinstance(reply, ResponseError):
+            with mapped_errors(doing):
+                raise reply
+    return replies
 
 
 class _ScriptMissingError(StoreError):

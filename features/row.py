@@ -30,6 +30,8 @@ MAGIC: Final = b"MV"
 _POSITION: Final = struct.Struct("<Iiq")
 _SESSION: Final = struct.Struct(f"<IqqIQ{ACTIONS_MAX}I")
 _COUNTS: Final = struct.Struct("<qIIIIHBB")  # append time, ordinals, chunks, late, records, ...
+# The three of them, which stand side by side: one call packs them.
+_BODY: Final = struct.Struct(_SESSION.format + _POSITION.format[1:] + _COUNTS.format[1:])
 _END: Final = struct.Struct("<IH2s")  # crc32 of the trailer before it, format, magic
 _DEPARTED: Final = struct.Struct("<IQ")
 
@@ -39,7 +41,7 @@ DEPARTED_BYTES: Final = _DEPARTED.size
 POSITION_FROM_END: Final = _POSITION.size + _COUNTS.size + _END.size
 POSITION_BYTES: Final = _POSITION.size
 _PADDING: Final = tuple((0,) * (ACTIONS_MAX - used) for used in range(ACTIONS_MAX + 1))
-_NO_SESSION: Final = _SESSION.pack(*[0] * (5 + ACTIONS_MAX))
+_NO_SESSION: Final = UserSession(0, 0, 0, 0, 0, ())
 
 
 class RowWrite(NamedTuple):
@@ -59,25 +61,27 @@ def encode_position(position: Position) -> bytes:
 def _encode_end(state: UserState, num_actions: int) -> bytes:
     """Return departed ids and trailer."""
     current = state.user_session
-    packed_session = _NO_SESSION
-    if current is not None:
-        which, start_ms, last_ms, num_events, dwell_ms, counts = current
-        packed_session = _SESSION.pack(
-            which, start_ms, last_ms, num_events, dwell_ms, *counts, *_PADDING[len(counts)]
-        )
-    body = (
-        packed_session
-        + encode_position(state.position)
-        + _COUNTS.pack(
-            state.append_time_ms,
-            state.next_ordinal,
-            state.num_chunks,
-            state.num_late,
-            len(state.tail) // RECORD_BYTES,
-            len(state.departed),
-            current is not None,
-            num_actions,
-        )
+    which, start_ms, last_ms, num_events, dwell_ms, counts = current or _NO_SESSION
+    position = state.position
+    body = _BODY.pack(
+        which,
+        start_ms,
+        last_ms,
+        num_events,
+        dwell_ms,
+        *counts,
+        *_PADDING[len(counts)],
+        position.source,
+        position.partition,
+        position.offset,
+        state.append_time_ms,
+        state.next_ordinal,
+        state.num_chunks,
+        state.num_late,
+        len(state.tail) // RECORD_BYTES,
+        len(state.departed),
+        current is not None,
+        num_actions,
     )
     end = body + _END.pack(zlib.crc32(body), ROW_FORMAT, MAGIC)
     if state.departed:
@@ -95,9 +99,9 @@ def encode_write(before: UserState, change: Change, num_actions: int) -> RowWrit
     after = change.state
     end = _encode_end(after, num_actions)
     expected = b"" if before is EMPTY_STATE else encode_position(before.position)
-    chunks = tuple(
-        part for chunk in change.chunks for part in (b"%d" % chunk.number, chunk.records)
-    )
+    chunks: tuple[bytes, ...] = ()
+    if change.chunks:
+        chunks = tuple(p for chunk in change.chunks for p in (b"%d" % chunk.number, chunk.records))
     old_bytes = len(before.tail) + len(before.departed) * DEPARTED_BYTES + TRAILER_BYTES
     suffix = after.tail[change.keep :] + end
     # SETRANGE cannot shorten a value, so a row that shrinks is replaced.

@@ -8,7 +8,6 @@ thing the slow, obvious way.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
@@ -36,9 +35,13 @@ RECORD: Final = np.dtype(
     ]
 )
 RECORD_BYTES: Final = RECORD.itemsize
-_PACK_RECORD: Final = struct.Struct("<qqQQIifB3x")
+_PACK_RECORD: Final = struct.Struct("<qqQQIifB3x").pack
+_HASH_AT: Final = slice(24, 32)
 _TIME_AT: Final = struct.Struct("<8xq")
 _HASH_BYTES: Final = 8
+# From this many events of a user on, one pass over the duplicate window is cheaper than a search
+# for each: measured, see benchmarks/bench_ingest.py.
+_MANY: Final = 12
 _NO_TIME: Final = -(2**63)
 NO_DWELL: Final = -1
 NO_VALUE: Final = float("nan")
@@ -89,8 +92,7 @@ class Departed(NamedTuple):
     event_hash: int
 
 
-@dataclass(frozen=True, slots=True)
-class UserState:
+class UserState(msgspec.Struct, frozen=True, gc=False):
     """Everything kept for one user in one generation, as plain data.
 
     Attributes:
@@ -114,7 +116,7 @@ class UserState:
     user_session: UserSession | None
     tail: bytes
     departed: tuple[Departed, ...] = ()
-    window: bytes = field(default=b"", repr=False)
+    window: bytes = b""
 
     @property
     def records(self) -> np.ndarray[tuple[int], np.dtype[np.void]]:
@@ -155,18 +157,55 @@ def step(state: UserState, events: Sequence[Accepted], config: StateConfig) -> C
         PartitionMovedError: an event from another partition than the state's.
     """
     work = _Work(state, config)
+    work.are_new = len(events) >= _MANY and _are_new(events, state.window)
     for event in events:
         work.apply(event)
     return work.change()
 
 
+def _are_new(events: Sequence[Accepted], window: bytes) -> bool:
+    """Return whether no event has the id of another, or of one in the window.
+
+    One pass over the window for all of them, where each alone would search it.
+    """
+    hashes = {event.event_hash for event in events}
+    if len(hashes) < len(events):
+        return False
+    held = struct.unpack(f"<{len(window) // _HASH_BYTES}Q", window)
+    return hashes.isdisjoint(held)
+
+
 class _Work:
-    """One step's scratch pad; never outlives it."""
+    """One step's scratch pad; never outlives it. `apply` is the hottest code there is."""
+
+    __slots__ = (
+        "are_new",
+        "chunks",
+        "config",
+        "departed",
+        "keep",
+        "last",
+        "newest_ms",
+        "num_chunks",
+        "num_duplicates",
+        "num_late",
+        "num_skipped",
+        "ordinal",
+        "position",
+        "state",
+        "tail",
+        "tail_bytes_max",
+        "user_session",
+        "window",
+        "window_bytes",
+    )
 
     def __init__(self, state: UserState, config: StateConfig) -> None:
         self.state = state
         self.config = config
+        self.are_new = False
         self.tail = bytearray(state.tail)
+        self.tail_bytes_max = config.tail_max * RECORD_BYTES
         self.window = bytearray(state.window)
         self.window_bytes = config.dedup_window * _HASH_BYTES
         self.departed = state.departed
@@ -183,46 +222,52 @@ class _Work:
         self.num_skipped = 0
 
     def apply(self, event: Accepted) -> None:
-        if not _follows(self.position, event.position):
+        position = event.position
+        last = self.position
+        if position.partition != last.partition or position.source != last.source:
+            _refuse_moved(last, position)
+        elif position.offset <= last.offset:
             self.num_skipped += 1
             return
-        packed_hash = event.event_hash.to_bytes(_HASH_BYTES, "little")
-        window = self.window
-        if _contains(window, packed_hash, max(0, len(window) - self.window_bytes)):
-            self.num_duplicates += 1
-            return
-        assert self.ordinal < ORDINAL_MAX
-        self._insert(event)
-        window += packed_hash
-        self.num_late += self.user_session.take(event, self.ordinal)
-        self.last = event
-        self.position = event.position
-        self.ordinal += 1
-        if self.departed:
-            oldest_counted = self.ordinal - self.config.dedup_window
-            self.departed = tuple(d for d in self.departed if d.ordinal >= oldest_counted)
-        if len(self.tail) == self.config.tail_max * RECORD_BYTES:
-            self._depart()
-
-    def _insert(self, event: Accepted) -> None:
-        time_ms = event.event_time_ms
-        record = _PACK_RECORD.pack(
+        ordinal = self.ordinal
+        record = _PACK_RECORD(
             event.item_id,
-            time_ms,
+            event.event_time_ms,
             event.domain,
             event.event_hash,
-            self.ordinal,
+            ordinal,
             event.dwell_ms,
             event.value,
             event.action,
         )
+        packed_hash = record[_HASH_AT]
+        window = self.window
+        if not self.are_new and _contains(window, packed_hash, self.window_bytes):
+            self.num_duplicates += 1
+            return
+        assert ordinal < ORDINAL_MAX
+        time_ms = event.event_time_ms
         if time_ms >= self.newest_ms:
             self.tail += record
             self.newest_ms = time_ms
         else:
-            at = _insertion_point(self.tail, time_ms)
-            self.tail[at:at] = record
-            self.keep = min(self.keep, at)
+            self._insert_late(record, time_ms)
+        window += packed_hash
+        if self.user_session.take(event, ordinal):
+            self.num_late += 1
+        self.last = event
+        self.position = position
+        self.ordinal = ordinal + 1
+        if self.departed:
+            oldest_counted = self.ordinal - self.config.dedup_window
+            self.departed = tuple(d for d in self.departed if d.ordinal >= oldest_counted)
+        if len(self.tail) == self.tail_bytes_max:
+            self._depart()
+
+    def _insert_late(self, record: bytes, time_ms: int) -> None:
+        at = _insertion_point(self.tail, time_ms)
+        self.tail[at:at] = record
+        self.keep = min(self.keep, at)
 
     def _depart(self) -> None:
         size = self.config.chunk * RECORD_BYTES
@@ -261,22 +306,20 @@ def _time_of_last(tail: bytes) -> int:
     return _TIME_AT.unpack_from(tail, len(tail) - RECORD_BYTES)[0] if tail else _NO_TIME
 
 
-def _follows(last: Position, new: Position) -> bool:
-    if last.partition < 0:
-        return True
-    if new.partition != last.partition or new.source != last.source:
+def _refuse_moved(last: Position, new: Position) -> None:
+    """Raise unless the user has no event yet: only then may its partition be any."""
+    if last.partition >= 0:
         raise PartitionMovedError(
             f"the user's last event was applied from partition {last.partition} "
             f"(source {last.source}), this one comes from partition {new.partition} "
             f"(source {new.source}): the topic's partition count changed. "
             "Restore the count, or replay into a new generation."
         )
-    return new.offset > last.offset
 
 
-def _contains(window: bytearray, packed_hash: bytes, start: int) -> bool:
-    """Return whether a hash is in the window from byte `start` on, at a whole place."""
-    at = window.find(packed_hash, start)
+def _contains(window: bytearray, packed_hash: bytes, window_bytes: int) -> bool:
+    """Return whether a hash is among the window's last bytes, at a whole place."""
+    at = window.find(packed_hash, max(0, len(window) - window_bytes))
     while at >= 0 and at % _HASH_BYTES:
         at = window.find(packed_hash, at + 1)
     return at >= 0
@@ -332,7 +375,8 @@ class _OpenSession:
                 return True
             self.start_ms = time_ms
         self.num += 1
-        self.dwell_ms += max(0, event.dwell_ms)
+        if event.dwell_ms > 0:
+            self.dwell_ms += event.dwell_ms
         self.counts[event.action] += 1
         return False
 
@@ -362,4 +406,4 @@ def rebuild_window(state: UserState, dedup_window: int) -> UserState:
     hashes = np.concatenate(
         [counted["event_hash"], np.array([d.event_hash for d in state.departed], "<u8")]
     )
-    return replace(state, window=hashes[np.argsort(ordinals)].tobytes())
+    return msgspec.structs.replace(state, window=hashes[np.argsort(ordinals)].tobytes())

@@ -87,8 +87,9 @@ class MemoryStates:
             for row in [self.rows.get(user)]
         }
 
-    def write_buckets(self, writes: Sequence[BucketWrite]) -> list[int]:
+    def write_buckets(self, writes: Iterable[BucketWrite]) -> list[int]:
         """Write every bucket."""
+        replies = []
         for write in writes:
             for user, row in write.rows.items():
                 kept = self.rows[user][: row.keep] if row.keep >= 0 else b""
@@ -97,7 +98,8 @@ class MemoryStates:
                 chunks = dict(zip(numbers, row.chunks[1::2], strict=True))
                 self.chunks.setdefault(user, {}).update(chunks)
             self._held(write.source, write.partition)[write.bucket] = write.advance_to
-        return [WRITTEN] * len(writes)
+            replies.append(WRITTEN)
+        return replies
 
     def read_checkpoints(self, source: int, partitions: Sequence[int]) -> dict[int, list[int]]:
         """Return each partition's next offset by bucket, -1 where there is none."""

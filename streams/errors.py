@@ -114,12 +114,6 @@ class LogTruncatedError(StreamError):
         self.high = high
 
 
-class LakeBusyError(StreamError):
-    """Another sink writes this partition's folder."""
-
-    retriable = True
-
-
 class DeadLetterError(StreamError):
     """A refused event could not be put aside, so that nothing after it may be committed."""
 

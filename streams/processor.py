@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from itertools import tee
 from typing import TYPE_CHECKING, Final, Protocol
 
 from features.keys import bucket_of
@@ -19,10 +20,9 @@ from features.state import UserState, step
 from streams.errors import OutOfStepError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from features.config import StateConfig
-    from features.row import RowWrite
     from features.state import Accepted, Change
     from streams.chunk_cap import ChunkCap
     from streams.micro_batch import MicroBatch
@@ -39,8 +39,8 @@ class States(Protocol):
         """Return whole states, EMPTY_STATE for users that have none."""
         ...
 
-    def write_buckets(self, writes: Sequence[BucketWrite]) -> list[int]:
-        """Write each bucket whole or not at all."""
+    def write_buckets(self, writes: Iterable[BucketWrite]) -> list[int]:
+        """Write each bucket whole or not at all; `writes` may be made while it is written."""
         ...
 
     def read_checkpoints(self, source: int, partitions: Sequence[int]) -> dict[int, list[int]]:
@@ -140,9 +140,8 @@ class Processor:
         loaded = time.perf_counter()
         changes = {user: step(before[user], events, self.config) for user, events in todo.items()}
         self._refuse_ahead(changes)
-        writes = self._bucket_writes(todo, before, changes, batch.ends)
         stepped = time.perf_counter()
-        self._write(writes)
+        self._write(self._bucket_writes(todo, before, changes, batch.ends))
         self._settle(before, changes, report)
         report.load_s = loaded - started
         report.step_s = stepped - loaded
@@ -216,28 +215,25 @@ class Processor:
         before: Mapping[int, UserState],
         changes: Mapping[int, Change],
         ends: Mapping[int, int],
-    ) -> list[BucketWrite]:
+    ) -> Iterator[BucketWrite]:
         num_actions = len(self.config.actions)
-        rows: dict[tuple[int, int], dict[int, RowWrite]] = {}
-        for user, change in changes.items():
-            place = (todo[user][0].position.partition, bucket_of(user))
+        users: dict[tuple[int, int], list[int]] = {}
+        for user in changes:
             # Also where all were duplicates: the row that this was judged by has to be the one.
-            rows.setdefault(place, {})[user] = encode_write(before[user], change, num_actions)
-        return [
-            BucketWrite(
+            place = (todo[user][0].position.partition, bucket_of(user))
+            users.setdefault(place, []).append(user)
+        for (partition, bucket), mine in users.items():
+            yield BucketWrite(
                 bucket,
                 self.source,
                 partition,
                 self.checkpoints[partition][bucket],
                 ends[partition],
-                written,
+                {user: encode_write(before[user], changes[user], num_actions) for user in mine},
             )
-            for (partition, bucket), written in rows.items()
-        ]
 
-    def _write(self, writes: list[BucketWrite]) -> None:
-        if not writes:
-            return
+    def _write(self, writes: Iterable[BucketWrite]) -> None:
+        writes, sent = tee(writes)
         try:
             replies = self.states.write_buckets(writes)
         except Exception:
@@ -245,7 +241,7 @@ class Processor:
             self.cache.clear()
             raise
         refused = []
-        for write, reply in zip(writes, replies, strict=True):
+        for write, reply in zip(sent, replies, strict=True):
             if reply == WRITTEN:
                 self.checkpoints[write.partition][write.bucket] = write.advance_to
             else:
@@ -254,7 +250,7 @@ class Processor:
             self.cache.clear()
             first = refused[0]
             raise OutOfStepError(
-                f"{len(refused)} of {len(writes)} buckets do not stand where this worker left "
+                f"{len(refused)} of {len(replies)} buckets do not stand where this worker left "
                 f"them (first: bucket {first.bucket} of partition {first.partition}, left at "
                 f"offset {first.expected}): another worker wrote, or Redis went back."
             )

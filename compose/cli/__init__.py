@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from compose.cli import answers, data, models, nearline, operate, stack
+from compose.cli import answers, data, lake, models, nearline, operate, stack
 from compose.errors import ComposeError
 from features.errors import FeatureError
 from scoring.errors import ScoringError
@@ -33,6 +33,7 @@ app = typer.Typer(
 )
 stack.register(app)
 data.register(app)
+lake.register(app)
 models.register(app)
 answers.register(app)
 operate.register(app)

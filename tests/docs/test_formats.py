@@ -22,6 +22,7 @@ from features.config import DEFAULT_ACTIONS
 from features.errors import Reason
 from features.events import Event
 from features.lake import LAKE_SCHEMA
+from features.lake_manifest import Manifest
 from features.row import TRAILER_BYTES
 from features.state import RECORD, RECORD_BYTES
 from scoring.signature import PROVENANCE, Degraded
@@ -241,3 +242,8 @@ def test_metrics(formats: str, table: Table) -> None:
         assert set(named) == exported
         described += named
     assert set(re.findall(r"`(moveline_\w+)`", formats)) == set(described)
+
+
+def test_the_lakes_revisions(formats: str, table: Table) -> None:
+    named = first_names(table(formats, "key of a revision", "what"))
+    assert named == list(Manifest.__struct_fields__)

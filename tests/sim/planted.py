@@ -96,10 +96,9 @@ def _step_under(**wrong: int) -> Callable[..., Change]:
 
 
 class _LateAppended(_Work):
-    def _insert(self, event: Accepted) -> None:
-        newest_ms, self.newest_ms = self.newest_ms, event.event_time_ms
-        super()._insert(event)
-        self.newest_ms = max(newest_ms, event.event_time_ms)
+    def _insert_late(self, record: bytes, time_ms: int) -> None:
+        del time_ms
+        self.tail += record
 
 
 class _OrdinalsRestarted(_Work):
@@ -150,10 +149,10 @@ def _revoke_with_cache(self: Processor, partitions: Iterable[int]) -> None:
         self.checkpoints.pop(partition, None)
 
 
-def _write_and_hope(self: Processor, writes: list[BucketWrite]) -> None:
-    if writes:
-        self.states.write_buckets(writes)
-    for write in writes:
+def _write_and_hope(self: Processor, writes: Iterable[BucketWrite]) -> None:
+    made = list(writes)
+    self.states.write_buckets(made)
+    for write in made:
         self.checkpoints[write.partition][write.bucket] = write.advance_to
 
 

@@ -176,7 +176,7 @@ class SimStore:
             for user, row in rows.items()
         }
 
-    def write_buckets(self, writes: Sequence[BucketWrite]) -> list[int]:
+    def write_buckets(self, writes: Iterable[BucketWrite]) -> list[int]:
         """Write each bucket whole or not at all; others' commands may come in between."""
         replies: list[int] = []
         is_refused = False

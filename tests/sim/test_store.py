@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
     from compose.local.stack import LocalStack
 
-USERS = {bucket: [u for u in _USERS if keys.bucket_of(u) == bucket][:3] for bucket in range(2)}
+_IN = {bucket: [u for u in _USERS if keys.bucket_of(u) == bucket] for bucket in range(2)}
+USERS = {bucket: users[:3] for bucket, users in _IN.items()}
+# One more of each bucket, whose row is never read as one.
+RAW_USERS = {bucket: users[3] for bucket, users in _IN.items()}
 pytestmark = pytest.mark.servers
 # No test of another area counts from here.
 _GENERATIONS = itertools.count(900_000)
@@ -115,8 +118,7 @@ def test_both_take_and_refuse_the_same(client: redis.Redis, plan: list[tuple]) -
             written[user] = encode_write(before, change, NUM_ACTIONS)
             after[user] = change.state
         if raw is not None:
-            # A user of its own, whose row is never read as one.
-            written[_USERS[-1]] = raw
+            written[RAW_USERS[bucket]] = raw
         write = write._replace(rows=written)
         replies = real.write_buckets([write])
         assert replies == fake.write_buckets([write])
@@ -129,7 +131,7 @@ def test_both_take_and_refuse_the_same(client: redis.Redis, plan: list[tuple]) -
             assert chunks.drop(keep_from) == fake.drop(keep_from)
     users = [*USERS[0], *USERS[1]]
     assert real.load(users) == fake.load(users)
-    everybody = [*users, _USERS[-1]]
+    everybody = [*users, *RAW_USERS.values()]
     assert real.read_rows(everybody) == [fake.redis.row(user) or None for user in everybody]
     checked = real.read_checkpoints(0, [0, 1])
     assert {p: at[:NUM_BUCKETS] for p, at in checked.items()} == fake.read_checkpoints(0, [0, 1])
