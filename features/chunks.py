@@ -1,7 +1,7 @@
 """A user's waiting chunks in Redis, and the mark of those that have left it for the lake.
 
 A chunk is a function of the log, so it may leave as soon as the lake has its events, whoever owns
-the partition and whatever Redis came back meanwhile. Layout: docs/formats.md.
+the partition. Layout: docs/formats.md.
 """
 
 from __future__ import annotations
@@ -38,6 +38,20 @@ class Waiting(NamedTuple):
         return sorted(self.records.keys() ^ set(range(self.first, num_chunks)))
 
 
+class Drop(NamedTuple):
+    """Which chunks of a user are to leave, and how to tell that they are still the same ones.
+
+    Attributes:
+        keep_from: the first chunk that stays.
+        newest: a chunk, this one or a later one, that was there when it was decided.
+        begins: that chunk's first record: its ordinal is used once, whatever happens to numbers.
+    """
+
+    keep_from: int
+    newest: int
+    begins: bytes
+
+
 def decode_chunks(fields: Mapping[bytes, bytes]) -> Waiting:
     """Return the chunks and the mark in one hash."""
     records = {int(name): data for name, data in fields.items() if name != FIRST_FIELD}
@@ -68,15 +82,15 @@ class ChunkStore:
         ]
         return [int(reply or 0) for reply in self._pipelined(commands, "reading marks of chunks")]
 
-    def drop(self, keep_from: Mapping[int, int]) -> int:
-        """Drop each user's chunks before the given number, mark the hole; return how many left.
+    def drop(self, drops: Mapping[int, Drop]) -> int:
+        """Drop each user's oldest chunks, mark the hole; return how many left.
 
-        The lake must have every event of them. Doing it again, or to a Redis that went back to
-        before the first chunk that stays, changes nothing.
+        The lake must have every event of them. Doing it again, or to a Redis where the chunks are
+        not those that were meant, changes nothing.
         """
         commands = [
-            ("EVAL", _script(), 1, keys.chunks_key(self.generation, user), FIRST_FIELD, number)
-            for user, number in keep_from.items()
+            ("EVAL", _script(), 1, keys.chunks_key(self.generation, user), FIRST_FIELD, *drop)
+            for user, drop in drops.items()
         ]
         return sum(self._pipelined(commands, "dropping chunks that the lake has"))
 

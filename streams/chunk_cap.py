@@ -15,15 +15,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from features import lake
-from features.chunks import ChunkStore
+from features.chunks import ChunkStore, Drop
 from features.errors import LakeError
+from features.state import RECORD_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from features.redis import StateStore
-    from features.state import Position, UserState
+    from features.state import Change, Position
     from streams.metrics import WorkerMetrics
 
 log = logging.getLogger("moveline.worker")
@@ -44,16 +45,16 @@ LAKE_PATIENCE_S: Final = 60.0
 class Chunks(Protocol):
     """What is needed of Redis: `features.chunks.ChunkStore` keeps these promises."""
 
-    def drop(self, keep_from: Mapping[int, int]) -> int:
-        """Drop each user's chunks before the given number, and mark the hole."""
+    def drop(self, drops: Mapping[int, Drop]) -> int:
+        """Drop each user's oldest chunks if they are the ones meant, and mark the hole."""
         ...
 
 
 class Noted(NamedTuple):
-    """A user over the cap: all events of the chunks before `keep_from` are before `after`."""
+    """A user over the cap: no event of the chunks to be dropped comes after `last`."""
 
-    keep_from: int
-    after: Position
+    drop: Drop
+    last: Position
     since_s: float
 
 
@@ -78,14 +79,16 @@ class ChunkCap:
     is_done: bool = True
     is_told: bool = False
 
-    def note(self, user_id: int, state: UserState) -> None:
+    def note(self, user_id: int, change: Change) -> None:
         """Remember a user of whom Redis has just acknowledged a chunk, if there are too many.
 
         Who is noted already stays as he is: the lake could never catch up with somebody busy.
         """
-        keep_from = state.num_chunks - self.chunks_max
+        keep_from = change.state.num_chunks - self.chunks_max
         if keep_from > 0 and user_id not in self.noted and len(self.noted) < NOTED_MAX:
-            self.noted[user_id] = Noted(keep_from, state.position, self.clock())
+            newest = change.chunks[-1]
+            drop = Drop(keep_from, newest.number, newest.records[:RECORD_BYTES])
+            self.noted[user_id] = Noted(drop, change.state.position, self.clock())
 
     def drop(self) -> None:
         """Drop what the lake has by now, and say so when it is far behind.
@@ -108,15 +111,15 @@ class ChunkCap:
         self.metrics.over_cap.set(len(self.noted))
         self._tell()
 
-    def _ready(self) -> dict[int, int]:
-        """Return the users whose oldest chunks the lake has, and what they keep."""
-        ends, ready = self.known_ends, dict[int, int]()
+    def _ready(self) -> dict[int, Drop]:
+        """Return what may leave: the users whose oldest chunks the lake has."""
+        ends, ready = self.known_ends, dict[int, Drop]()
         for user, noted in self.noted.items():
-            place = noted.after.source, noted.after.partition
+            place = noted.last.source, noted.last.partition
             if place not in ends:
                 ends[place] = self.ends(*place)
-            if noted.after.offset < ends[place]:
-                ready[user] = noted.keep_from
+            if noted.last.offset < ends[place]:
+                ready[user] = noted.drop
                 if len(ready) == DROPS_MAX:
                     break
         return ready

@@ -265,4 +265,4 @@ class Processor:
             if change.state.next_ordinal:
                 self.cache.put(user, change.state)
             if change.chunks and self.chunk_cap is not None:
-                self.chunk_cap.note(user, change.state)
+                self.chunk_cap.note(user, change)

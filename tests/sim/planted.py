@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 from unittest.mock import patch
 
-from features.chunks import FIRST_FIELD
+from features.chunks import FIRST_FIELD, Drop
 from features.redis import WRITTEN
 from features.state import Chunk, _Work, step
 from streams import processor
@@ -254,14 +254,14 @@ def _give_up_keeping(self: _Run, partitions: list[TopicPartition]) -> None:
 _DROP_CHUNKS: Final = SimRedis.drop_chunks
 
 
-def _unmarked(self: SimRedis, user: int, keep_from: int) -> int:
-    dropped = _DROP_CHUNKS(self, user, keep_from)
+def _unmarked(self: SimRedis, user: int, drop: Drop) -> int:
+    dropped = _DROP_CHUNKS(self, user, drop)
     self.data.pop(("chunk", user, FIRST_FIELD), None)
     return dropped
 
 
-def _marked_blindly(self: SimRedis, user: int, keep_from: int) -> int:
-    self.write({("chunk", user, FIRST_FIELD): b"%d" % keep_from})
+def _marked_blindly(self: SimRedis, user: int, drop: Drop) -> int:
+    self.write({("chunk", user, FIRST_FIELD): b"%d" % drop.keep_from})
     return 0
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
 from features.catalogue import decode_item, encode_item
-from features.chunks import FIRST_FIELD
+from features.chunks import FIRST_FIELD, Drop
 from features.errors import StoreFullError, StoreUnavailableError
 from features.redis import CHECKPOINT_DIFFERS, WRITTEN, BucketWrite
 from features.row import POSITION_BYTES, POSITION_FROM_END, decode_row
@@ -93,15 +93,16 @@ class SimRedis:
         self.write({**changes, place: write.advance_to})
         return WRITTEN
 
-    def drop_chunks(self, user: int, keep_from: int) -> int:
+    def drop_chunks(self, user: int, drop: Drop) -> int:
         """Do what features/lua/drop_chunks.lua does, and answer as it does."""
         held = self.chunks(user)
-        if b"%d" % keep_from not in held:
+        witness = held.get(b"%d" % drop.newest)
+        if witness is None or not witness.startswith(drop.begins):
             return 0
-        numbers = [b"%d" % n for n in range(int(held.get(FIRST_FIELD, 0)), keep_from)]
+        numbers = [b"%d" % n for n in range(int(held.get(FIRST_FIELD, 0)), drop.keep_from)]
         gone: dict[Key, Value | None] = {("chunk", user, n): None for n in numbers if n in held}
         if gone:
-            self.write({**gone, ("chunk", user, FIRST_FIELD): b"%d" % keep_from})
+            self.write({**gone, ("chunk", user, FIRST_FIELD): b"%d" % drop.keep_from})
         return len(gone)
 
     def checkpoint_differs(self, write: BucketWrite) -> bool:
@@ -213,12 +214,12 @@ class SimStore:
         self.hooks.at("checkpoints read")
         return found
 
-    def drop(self, keep_from: Mapping[int, int]) -> int:
-        """Drop each user's chunks before a number; others' commands may come in between."""
+    def drop(self, drops: Mapping[int, Drop]) -> int:
+        """Drop users' oldest chunks; others' commands may come in between."""
         num_dropped = 0
-        for user, number in keep_from.items():
-            self._reach(f"drop chunks of {user} before {number}")
-            num_dropped += self.redis.drop_chunks(user, number)
+        for user, drop in drops.items():
+            self._reach(f"drop chunks of {user} before {drop.keep_from}")
+            num_dropped += self.redis.drop_chunks(user, drop)
             self.hooks.dropped(user)
         if self.hooks.lose_reply():
             raise StoreUnavailableError("the reply was lost")

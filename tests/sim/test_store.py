@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from features import keys
-from features.chunks import ChunkStore
+from features.chunks import ChunkStore, Drop
 from features.redis import BucketWrite, CatalogueStore, StateStore, connect
 from features.row import RowWrite, encode_position, encode_write
 from features.state import EMPTY_STATE, Accepted, Position, UserState, step
@@ -90,7 +90,9 @@ WRITES = st.lists(
         st.integers(1, 5),  # how far the checkpoint moves
         st.lists(ROWS, max_size=4),
         st.none() | RAW,
-        st.none() | st.tuples(st.integers(0, 2), st.integers(0, 5)),  # drop chunks: whose, before
+        # Drop chunks: whose, before which, with which one as a witness, and is it the same one?
+        st.none()
+        | st.tuples(st.integers(0, 2), st.integers(0, 5), st.integers(0, 3), st.booleans()),
     ),
     max_size=12,
 )
@@ -127,8 +129,11 @@ def test_both_take_and_refuse_the_same(client: redis.Redis, plan: list[tuple]) -
             for user, state in after.items():
                 states[user].append(state)
         if drop is not None:
-            keep_from = {USERS[bucket][drop[0]]: drop[1]}
-            assert chunks.drop(keep_from) == fake.drop(keep_from)
+            who, keep_from, newest, is_same = drop
+            user = USERS[bucket][who]
+            there = fake.redis.chunks(user).get(b"%d" % newest, b"x")
+            wanted = {user: Drop(keep_from, newest, there[:48] if is_same else b"another")}
+            assert chunks.drop(wanted) == fake.drop(wanted)
     users = [*USERS[0], *USERS[1]]
     assert real.load(users) == fake.load(users)
     everybody = [*users, *RAW_USERS.values()]

@@ -15,11 +15,11 @@ import pytest
 from typer.testing import CliRunner
 
 from compose.cli import app
-from features.chunks import FIRST_FIELD, ChunkStore, Waiting
+from features.chunks import FIRST_FIELD, ChunkStore, Drop, Waiting
 from features.keys import chunks_key
 from features.lake import file_name, partition_folder
 from features.redis import StateStore
-from features.state import EMPTY_STATE, Position
+from features.state import Change, Chunk, Position, UserState
 from streams import chunk_cap
 from streams.audit import audit
 from streams.chunk_cap import DROP_INTERVAL_S, LAKE_PATIENCE_S, ChunkCap, LakeEnds
@@ -53,10 +53,10 @@ class Dropped:
 
     calls: list[dict[int, int]] = field(default_factory=list)
 
-    def drop(self, keep_from: Mapping[int, int]) -> int:
+    def drop(self, drops: Mapping[int, Drop]) -> int:
         """Say that one chunk of each left."""
-        self.calls.append(dict(keep_from))
-        return len(keep_from)
+        self.calls.append({user: drop.keep_from for user, drop in drops.items()})
+        return len(drops)
 
 
 @dataclass
@@ -76,8 +76,9 @@ class Setting:
 
     def note(self, user: int, num_chunks: int, offset: int) -> None:
         """A user has handed out a chunk."""
-        state = replace(EMPTY_STATE, position=Position(0, 0, offset), num_chunks=num_chunks)
-        self.cap.note(user, state)
+        state = UserState(Position(0, 0, offset), 0, 0, num_chunks, 0, None, b"")
+        chunk = Chunk(num_chunks - 1, bytes(48))
+        self.cap.note(user, Change(state, 0, (chunk,), 1, 0, 0))
 
     def drop(self, end: int) -> list[dict[int, int]]:
         """Some time later the lake ends there."""
@@ -174,39 +175,51 @@ def test_the_mark_says_exactly_what_is_gone() -> None:
     assert Waiting(2, {1: b"", 2: b""}).missing(4) == [1, 3]
 
 
+def chunk(number: int) -> bytes:
+    """Return the records of one."""
+    return b"%048d" % number * 2
+
+
+def before(number: int, newest: int = 3) -> Drop:
+    """Return the wish that chunks before one leave."""
+    return Drop(number, newest, chunk(newest)[:48])
+
+
 @pytest.fixture
 def waiting(store: StateStore) -> ChunkStore:
     """The chunks of the test's generation; user 1 has four."""
     key = chunks_key(store.generation, 1)
-    store.client.hset(key, mapping={b"%d" % n: b"x" * 48 for n in range(4)})
+    store.client.hset(key, mapping={b"%d" % n: chunk(n) for n in range(4)})
     return ChunkStore(store.client, store.generation)
 
 
 def test_dropping_again_or_after_redis_went_back_changes_nothing(waiting: ChunkStore) -> None:
-    before = dump_all(waiting.client)
-    assert waiting.drop({1: 2, 7: 3}) == 2
+    snapshot = dump_all(waiting.client)
+    assert waiting.drop({1: before(2), 7: before(3)}) == 2
     after = waiting.read([1, 7])
-    assert after == [Waiting(2, {2: b"x" * 48, 3: b"x" * 48}), Waiting(0, {})]
+    assert after == [Waiting(2, {2: chunk(2), 3: chunk(3)}), Waiting(0, {})]
     assert waiting.first_kept([1, 7]) == [2, 0]
-    assert waiting.drop({1: 2}) == 0
-    # No chunk 4 to stay: what is there is older than what the drop was decided on.
-    assert waiting.drop({1: 4}) == 0
+    assert waiting.drop({1: before(2)}) == 0
+    # No chunk 4: what is there is older than what the drop was decided on.
+    assert waiting.drop({1: before(3, newest=4)}) == 0
+    # Another chunk 3: the user was forgotten since, and is numbered anew.
+    assert waiting.drop({1: Drop(3, 3, b"other")}) == 0
     assert waiting.read([1, 7]) == after
-    go_back(waiting.client, before)
-    assert waiting.drop({1: 2}) == 2
+    go_back(waiting.client, snapshot)
+    assert waiting.drop({1: before(2)}) == 2
     assert waiting.read([1, 7]) == after
     assert not waiting.client.exists(chunks_key(waiting.generation, 7))
 
 
 def test_a_full_redis_lets_chunks_leave(waiting: ChunkStore) -> None:
     client = waiting.client
-    before = client.config_get("maxmemory")["maxmemory"]
+    limit = client.config_get("maxmemory")["maxmemory"]
     client.config_set("maxmemory", 1)
     try:
-        assert waiting.drop({1: 3}) == 3
+        assert waiting.drop({1: before(3)}) == 3
     finally:
-        client.config_set("maxmemory", before)
-    assert waiting.read([1]) == [Waiting(3, {3: b"x" * 48})]
+        client.config_set("maxmemory", limit)
+    assert waiting.read([1]) == [Waiting(3, {3: chunk(3)})]
 
 
 @pytest.fixture
@@ -333,6 +346,7 @@ def test_the_command_shows_the_hole(stack: LocalStack, waiting: ChunkStore) -> N
     place = ("--redis", stack.addresses.redis, "--generation", f"g{store.generation}")
     whole = CliRunner().invoke(app, ["features", "1", *place])
     assert "chunks 4 late" in " ".join(whole.stdout.split())
-    waiting.drop({1: 3})
+    newest = waiting.read([1])[0].records[3]
+    waiting.drop({1: Drop(3, 3, newest)})
     holed = CliRunner().invoke(app, ["features", "1", *place])
     assert "chunks 4 (0 to 2 only in the lake)" in " ".join(holed.stdout.split())
