@@ -81,8 +81,15 @@ class WorkerSettings(_Section):
     instance: str | None = None
     batch_max: int = Field(default=30_000, ge=1, le=100_000)
     batch_wait_s: float = Field(default=0.01, ge=0.001, le=5)
+    cache_mb: int = Field(default=256, ge=1, le=1_000_000)
+    waiting_chunks_max: int = Field(default=64, ge=1, le=1_000_000)
     metrics_host: str = "0.0.0.0"  # noqa: S104 - Prometheus scrapes from elsewhere
     metrics_port: int = Field(default=9464, ge=0, le=65_535)
+
+    @property
+    def cache_bytes(self) -> int:
+        """What `cache_mb` is in bytes."""
+        return self.cache_mb * 1024 * 1024
 
 
 class StateSettings(_Section):

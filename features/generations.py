@@ -145,15 +145,6 @@ class Generations:
             users = {int(match[2]) for match in matches if match}
         return sorted(filter(keep, users))
 
-    def chunks(self, generation: int, user_ids: Sequence[int]) -> list[dict[int, bytes]]:
-        """Return each user's waiting chunks by number."""
-        with mapped_errors("reading chunks"):
-            pipeline = self.client.pipeline(transaction=False)
-            for user in user_ids:
-                pipeline.hgetall(keys.chunks_key(generation, user))
-            replies = pipeline.execute()
-        return [{int(number): data for number, data in reply.items()} for reply in replies]
-
     def drop(self, generation: int) -> Iterator[int]:
         """Delete a generation step by step, yielding how many keys each step deleted.
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from features.config import StateConfig
     from features.state import Accepted, Change
+    from streams.chunk_cap import ChunkCap
     from streams.micro_batch import MicroBatch
 
 # States of idle users cost memory and save one read each; the rest is re-read when it returns.
@@ -99,6 +100,7 @@ class Processor:
 
     Attributes:
         checkpoints: by partition, the next offset of each bucket as this worker left it in Redis.
+        chunk_cap: what is told of users whose chunks Redis has acknowledged; None keeps them all.
     """
 
     states: States
@@ -106,6 +108,7 @@ class Processor:
     source: int = 0
     cache: StateCache = field(default_factory=StateCache)
     checkpoints: dict[int, list[int]] = field(default_factory=dict)
+    chunk_cap: ChunkCap | None = None
 
     def assign(self, partitions: Sequence[int]) -> dict[int, int]:
         """Learn where Redis stands; return the offset to read each partition from.
@@ -262,3 +265,5 @@ class Processor:
             report.num_late += change.state.num_late - late_before
             if change.state.next_ordinal:
                 self.cache.put(user, change.state)
+            if change.chunks and self.chunk_cap is not None:
+                self.chunk_cap.note(user, change)

@@ -264,6 +264,7 @@ def _request(
         rate=rate,
         batch_max=settings.worker.batch_max,
         lake=settings.lake.path,
+        waiting_chunks_max=settings.worker.waiting_chunks_max,
     )
 
 
@@ -297,7 +298,7 @@ def _dry_run(
 
 
 def _follow(settings: Settings, builder: Replay, stop: StopEvent) -> None:
-    from streams.worker import Worker, WorkerConfig
+    from streams.worker import Worker
 
     Console(stderr=True).print(f"following as worker of g{builder.store.generation}, Ctrl-C ends")
     worker = Worker(
@@ -305,12 +306,7 @@ def _follow(settings: Settings, builder: Replay, stop: StopEvent) -> None:
         builder.topics,
         builder.store,
         builder.catalogue,
-        WorkerConfig(
-            instance=settings.worker.instance,
-            batch_max=settings.worker.batch_max,
-            batch_wait_s=settings.worker.batch_wait_s,
-            lake=settings.lake.path,
-        ),
+        options.worker_config(settings),
     )
     worker.run(stop)
 
@@ -379,6 +375,8 @@ def _print_audit(report: AuditReport, generation: str) -> bool:
         f"{generation}: {report.num_users:,} users, {report.num_events:,} events: "
         f"{report.num_users - report.num_wrong:,} as the oracle says, {report.num_wrong:,} not"
     )
+    if report.num_dropped:
+        console.print(f"{report.num_dropped:,} chunks had left Redis for the lake, as marked")
     for user, what in report.wrong.items():
         console.print(f"  user {user}: {what}", highlight=False)
     return not report.num_wrong

@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 from unittest.mock import patch
 
+from features.chunks import FIRST_FIELD, Drop
 from features.redis import WRITTEN
 from features.state import Chunk, _Work, step
 from streams import processor
+from streams.chunk_cap import LakeEnds
 from streams.dead_letters import DeadLetterProducer
 from streams.effects import Effects
 from streams.kafka import KafkaException, TopicPartition
@@ -260,6 +262,26 @@ def _give_up_keeping(self: _Run, partitions: list[TopicPartition]) -> None:
     self.pending = pending
 
 
+# The cap on waiting chunks.
+
+_DROP_CHUNKS: Final = SimRedis.drop_chunks
+
+
+def _unmarked(self: SimRedis, user: int, drop: Drop) -> int:
+    dropped = _DROP_CHUNKS(self, user, drop)
+    self.data.pop(("chunk", user, FIRST_FIELD), None)
+    return dropped
+
+
+def _marked_blindly(self: SimRedis, user: int, drop: Drop) -> int:
+    self.write({("chunk", user, FIRST_FIELD): b"%d" % drop.keep_from})
+    return 0
+
+
+def _everything(*_: object) -> int:
+    return 2**62
+
+
 PLANTED: Final = {
     "no-compare-and-set": Plant(
         "Redis takes whatever comes",
@@ -332,6 +354,13 @@ PLANTED: Final = {
     ),
     "chunk-overwritten": Plant(
         "every chunk is chunk 0", ((processor, "step", _stepping(_ChunkOverwritten)),)
+    ),
+    "chunks-dropped-early": Plant(
+        "the lake is not asked before a chunk leaves Redis", ((LakeEnds, "__call__", _everything),)
+    ),
+    "hole-unmarked": Plant("dropped chunks leave no mark", ((SimRedis, "drop_chunks", _unmarked),)),
+    "hole-marked-blindly": Plant(
+        "the mark is set, whatever is there", ((SimRedis, "drop_chunks", _marked_blindly),)
     ),
     "letters-not-awaited": Plant(
         "a dead letter counts as sent when it is queued",

@@ -5,6 +5,7 @@ The generator knows which of its records are events; the decoder under test has 
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -55,10 +56,16 @@ class Sent(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """What Redis must hold for a user."""
+    """What Redis must hold for a user.
+
+    Attributes:
+        chunks: by number, were none ever dropped.
+        ends: for each chunk, the largest offset of its events and those of the chunks before it.
+    """
 
     row: bytes
     chunks: dict[bytes, bytes]
+    ends: list[int]
 
 
 @dataclass
@@ -85,7 +92,7 @@ class UserLog:
 def expected_of(events: Sequence[Accepted]) -> Expected:
     """Return a user's row and chunks by one step from nothing, after the oracle has agreed."""
     if not events:
-        return Expected(b"", {})
+        return Expected(b"", {}, [])
     change = step(EMPTY_STATE, events, CONFIG)
     oracle = oracle_state(events, CONFIG)
     state = change.state
@@ -103,8 +110,11 @@ def expected_of(events: Sequence[Accepted]) -> Expected:
     assert (state.next_ordinal, state.position) == (oracle.next_ordinal, oracle.position)
     assert state.num_late == oracle.num_late
     assert (state.user_session and state.user_session._asdict()) == oracle.session
+    newest = [max(n.event.position.offset for n in chunk) for chunk in oracle.chunks]
     return Expected(
-        encode_row(state, NUM_ACTIONS), {b"%d" % c.number: c.records for c in change.chunks}
+        encode_row(state, NUM_ACTIONS),
+        {b"%d" % c.number: c.records for c in change.chunks},
+        list(itertools.accumulate(newest, max)),
     )
 
 
