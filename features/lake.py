@@ -296,11 +296,11 @@ def _number(columns: dict[str, Column], window: int) -> tuple[Column, Column]:
         # Not `user + 1`: the largest id has no successor in 64 bits.
         start, end = np.searchsorted(users, user, "left"), np.searchsorted(users, user, "right")
         mine = {name: column[start:end] for name, column in columns.items()}
-        keep[start:end], ordinals[start:end] = _number_one(mine, window)
+        keep[start:end], ordinals[start:end] = number_one(mine, window)
     return keep, ordinals
 
 
-def _number_one(columns: dict[str, Column], window: int) -> tuple[list[bool], list[int]]:
+def number_one(columns: dict[str, Column], window: int) -> tuple[list[bool], list[int]]:
     """Return the same for the events of one user, one by one."""
     keep: list[bool] = []
     ordinals: list[int] = []
