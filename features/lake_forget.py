@@ -62,6 +62,21 @@ def forget_user(
     return rewrite(place, plan, reason="forget", now_ms=now_ms)
 
 
+def count_earlier(place: Place, user_id: int, *, at: int) -> int:
+    """Return how many events of the user before an offset the files that count hold.
+
+    Raises:
+        LakeError: a hole, or a file cannot be read.
+    """
+    total = 0
+    for file in place.files():
+        if file.start < at and count_user(file.path, user_id):
+            events = read_file(file)
+            goes = pc.and_(pc.equal(events["user_id"], user_id), pc.less(events["offset"], at))
+            total += pc.sum(goes).as_py() or 0
+    return total
+
+
 def _ordinal_at(files: Sequence[LakeFile], user_id: int, at: int, config: StateConfig) -> int:
     """Return the ordinal that the user's events go on from after the forget at an offset."""
     parts = []
