@@ -238,7 +238,8 @@ def _num_distinct(items: Int64s) -> Int64s:
     """Return how many different items each row holds; -1 is none."""
     ordered = np.sort(items, axis=1)
     is_new = np.diff(ordered, axis=1, prepend=-1) != 0
-    return (is_new & (ordered >= 0)).sum(axis=1, dtype=np.int64)
+    counts: Int64s = (is_new & (ordered >= 0)).sum(axis=1, dtype=np.int64)
+    return counts
 
 
 def _newest_first(items: Int64s, null: Bools) -> pa.Array:
