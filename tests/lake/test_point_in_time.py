@@ -241,7 +241,7 @@ def test_only_the_features_asked_for_are_made(tmp_path: Path) -> None:
     names = ["session_id", "recent_item_id"]
     (table,) = training_rows(tmp_path, TOPIC, SMALL, features=names)
     assert table.column_names[-2:] == names
-    assert table.schema.field("recent_item_id").type == pa.large_list(pa.int64())
+    assert table.schema.field("recent_item_id").type == pa.list_(pa.int64())
     with pytest.raises(SchemaMismatchError, match="no feature 'session_mood'"):
         next(training_rows(tmp_path, TOPIC, SMALL, features=["session_mood"]))
 
