@@ -215,8 +215,8 @@ def test_item_statistics_alone(store: FeatureStore, tmp_path: Path) -> None:
 )
 def test_a_frame_that_cannot_be_joined_is_refused(
     store: FeatureStore,
-    rows: Any,
-    message: str,  # noqa: ANN401 - also what is no frame
+    rows: Any,  # noqa: ANN401 - also what is no frame
+    message: str,
 ) -> None:
     with pytest.raises(EntityFrameError, match=message):
         store.get_historical_features(rows, USER_REFS).to_df()
