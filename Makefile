@@ -5,7 +5,7 @@
 #   make sim [SEED=n]                     simulated crashes, zombies, restores: 10,000 seeds
 #   make faults [FAULTS=name,...] [EVENTS=n] [KAFKA_HOME=...]
 #                                         real kills, zombies, restores: state stays exact
-#   make bench-ingest, bench-freshness    measured, kept under benchmarks/results
+#   make bench-ingest, bench-freshness, bench-pit    measured, kept under benchmarks/results
 #   make check                            format, lint, types, import contracts (under 60 s)
 #   make figures                          benchmarks/results into README.md
 #   make up / make down                   the local stack by itself
@@ -17,7 +17,7 @@ RECORD ?=
 SEED ?=
 BIN := .venv/bin
 
-.PHONY: demo test sim faults bench-ingest bench-freshness check format figures up down clean
+.PHONY: demo test sim faults bench-ingest bench-freshness bench-pit check format figures up down clean
 
 demo: .venv/stamp-local
 	$(BIN)/moveline demo $(if $(KEEP),--keep) $(if $(RECORD),--record)
@@ -48,6 +48,9 @@ bench-ingest: .venv/stamp-local
 
 bench-freshness: .venv/stamp-local
 	$(BIN)/python -m benchmarks.bench_freshness
+
+bench-pit: .venv/stamp-local
+	$(BIN)/python -m benchmarks.bench_pit --record
 
 figures: .venv/stamp-local
 	$(BIN)/python -m benchmarks.readme

@@ -43,6 +43,16 @@ ROWS: Final = {
         ("bytes_per_user", "bytes of Redis per user that has events"),
         ("worker_mb", "resident memory of the worker (MB)"),
     ),
+    "bench-pit": (
+        ("rows_per_s", "rows/s of a training set, the newest event as of each row"),
+        ("peak_mb", "peak memory of that process (MB)"),
+        ("feast_rows_per_s", "rows/s of Feast's file store, from a table that has the answers"),
+        ("feast_peak_mb", "peak memory of that process (MB), imports included"),
+        ("mismatches", "values in which the two differ"),
+        ("through_feast_rows_per_s", "rows/s of ours through Feast's API"),
+        ("whole_rows_per_s", "rows/s of the whole set, session and 512 events a row"),
+        ("whole_peak_mb", "peak memory of that process (MB)"),
+    ),
     "faults": (
         ("cases", "cases, each on at least 200,000 events"),
         ("equal", "cases that ended byte for byte equal to the oracle"),

@@ -74,5 +74,9 @@ class LakeBusyError(LakeError):
     retriable = True
 
 
+class EntityFrameError(FeatureError, ValueError):
+    """A frame of users and times cannot be joined with the views asked for."""
+
+
 class ReadOnlyViewError(FeatureError):
     """A view owned by the stream worker was written through Feast."""

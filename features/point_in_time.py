@@ -238,7 +238,8 @@ def _num_distinct(items: Int64s) -> Int64s:
     """Return how many different items each row holds; -1 is none."""
     ordered = np.sort(items, axis=1)
     is_new = np.diff(ordered, axis=1, prepend=-1) != 0
-    return (is_new & (ordered >= 0)).sum(axis=1, dtype=np.int64)
+    counts: Int64s = (is_new & (ordered >= 0)).sum(axis=1, dtype=np.int64)
+    return counts
 
 
 def _newest_first(items: Int64s, null: Bools) -> pa.Array:
@@ -250,8 +251,8 @@ def _newest_first(items: Int64s, null: Bools) -> pa.Array:
 
 def _lists(offsets: Int64s, values: np.ndarray[Any, Any], *, null: Bools | None = None) -> pa.Array:
     """Return lists between offsets, without an object for any of them."""
-    return pa.LargeListArray.from_arrays(
-        pa.array(offsets, pa.int64()),
+    return pa.ListArray.from_arrays(
+        pa.array(offsets, pa.int32()),
         pa.array(values),
         mask=None if null is None else pa.array(null),
     )
@@ -272,5 +273,5 @@ def _unknown(
     }
     for name in names:
         kind = _ARROW[features[name].dtype]
-        made[name] = pa.nulls(rows.size, pa.large_list(kind) if features[name].length else kind)
+        made[name] = pa.nulls(rows.size, pa.list_(kind) if features[name].length else kind)
     return pa.table(made)
