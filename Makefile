@@ -6,6 +6,8 @@
 #   make faults [FAULTS=name,...] [EVENTS=n] [KAFKA_HOME=...]
 #                                         real kills, zombies, restores: state stays exact
 #   make bench-ingest, bench-freshness, bench-pit    measured, kept under benchmarks/results
+#   make bench-memory [RECORD=1] [EVENTS=n]
+#                                         a worker's memory over 5,000,000 events
 #   make check                            format, lint, types, import contracts (under 60 s)
 #   make figures                          benchmarks/results into README.md
 #   make up / make down                   the local stack by itself
@@ -17,7 +19,7 @@ RECORD ?=
 SEED ?=
 BIN := .venv/bin
 
-.PHONY: demo test sim faults bench-ingest bench-freshness bench-pit check format figures up down clean
+.PHONY: demo test sim faults bench-ingest bench-freshness bench-pit bench-memory check format figures up down clean
 
 demo: .venv/stamp-local
 	$(BIN)/moveline demo $(if $(KEEP),--keep) $(if $(RECORD),--record)
@@ -51,6 +53,10 @@ bench-freshness: .venv/stamp-local
 
 bench-pit: .venv/stamp-local
 	$(BIN)/python -m benchmarks.bench_pit --record
+
+# matplotlib, which draws its curve, comes with the tools of development.
+bench-memory: .venv/stamp-dev
+	$(BIN)/python -m benchmarks.bench_memory $(if $(RECORD),--record)
 
 figures: .venv/stamp-local
 	$(BIN)/python -m benchmarks.readme

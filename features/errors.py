@@ -36,6 +36,10 @@ class CorruptRowError(FeatureError):
     """Stored bytes are not a state row this version can read."""
 
 
+class UnknownRowFormatError(CorruptRowError):
+    """A row, or a generation's record, has a format that only other builds of Moveline know."""
+
+
 class SchemaMismatchError(FeatureError):
     """A model or a reader was built for another feature schema than the state has."""
 

@@ -164,7 +164,11 @@ class Generations:
                 yield self._unlink(batch)
                 batch = []
         yield self._unlink(batch)
-        last = (keys.generation_key(generation), keys.built_key(generation))
+        last = (
+            keys.row_format_key(generation),
+            keys.generation_key(generation),
+            keys.built_key(generation),
+        )
         yield self._unlink([key.encode() for key in last])
 
     def refuse_full(self, generation: int) -> None:

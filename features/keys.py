@@ -74,6 +74,11 @@ def built_key(generation: int) -> str:
     return f"{generation_key(generation)}:built"
 
 
+def row_format_key(generation: int) -> str:
+    """Return the key of the format that a generation's rows are written in."""
+    return f"{generation_key(generation)}:row-format"
+
+
 POINTERS_KEY: Final = f"{PREFIX}:pointers"
 ITEMS_READ_KEY: Final = f"{PREFIX}:items-read"
 DOMAINS_KEY: Final = f"{PREFIX}:domains"

@@ -16,7 +16,7 @@ from features.chunks import ChunkStore, Waiting
 from features.generations import Generations
 from features.keys import NUM_BUCKETS, bucket_of
 from features.redis import WRITTEN
-from features.row import FORGET, decode_row
+from features.row import FORGET, FORMATS, ROW_FORMAT, RowFormat, decode_row
 from features.state import EMPTY_STATE, UserState, rebuild_window
 from streams.event_log import num_missing
 from streams.processor import Processor
@@ -74,6 +74,7 @@ class MemoryStates:
     """
 
     config: StateConfig
+    row_format: RowFormat = FORMATS[ROW_FORMAT]
     rows: dict[int, bytes] = field(default_factory=dict)
     chunks: dict[int, dict[int, bytes]] = field(default_factory=dict)
     checkpoints: dict[tuple[int, int], list[int]] = field(default_factory=dict)

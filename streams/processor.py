@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from features.keys import bucket_of
 from features.redis import WRITTEN, BucketWrite
-from features.row import encode_write
 from features.state import UserState, step
 from streams.errors import OutOfStepError
 
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from features.config import StateConfig
+    from features.row import RowFormat
     from features.state import Accepted, Change
     from streams.chunk_cap import ChunkCap
     from streams.micro_batch import MicroBatch
@@ -34,6 +34,11 @@ _STATE_OVERHEAD_BYTES: Final = 3_500
 
 class States(Protocol):
     """What the processor needs of Redis: `features.redis.StateStore` keeps these promises."""
+
+    @property
+    def row_format(self) -> RowFormat:
+        """What rows are written in."""
+        ...
 
     def load(self, user_ids: Sequence[int]) -> dict[int, UserState]:
         """Return whole states, EMPTY_STATE for users that have none."""
@@ -217,6 +222,7 @@ class Processor:
         ends: Mapping[int, int],
     ) -> Iterator[BucketWrite]:
         num_actions = len(self.config.actions)
+        encode_write = self.states.row_format.encode_write
         users: dict[tuple[int, int], list[int]] = {}
         for user in changes:
             # Also where all were duplicates: the row that this was judged by has to be the one.

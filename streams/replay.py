@@ -163,7 +163,7 @@ class Replay:
             self.metrics,
             chunks_max=self.request.waiting_chunks_max,
         )
-        processor = Processor(self.store, self.store.config, chunk_cap=cap)
+        processor = Processor(self.store.as_recorded(), self.store.config, chunk_cap=cap)
         effects = Effects(processor, self.catalogue, _NoDeadLetters(), self.metrics)
         run = _Run(self, events, effects, {int(p): at for p, at in built.starts.items()}, ends)
         return run.to_end(stop, shown=shown)

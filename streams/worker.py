@@ -144,7 +144,7 @@ class Worker:
             log.info("left group %s", group)
 
     def _processor(self) -> Processor:
-        store, config = self.store, self.config
+        store, config = self.store.as_recorded(), self.config
         cap = keep_to_cap(
             store,
             config.lake,

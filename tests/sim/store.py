@@ -14,7 +14,15 @@ from features.catalogue import decode_item, encode_item
 from features.chunks import FIRST_FIELD, Drop
 from features.errors import StoreFullError, StoreUnavailableError
 from features.redis import CHECKPOINT_DIFFERS, WRITTEN, BucketWrite
-from features.row import FORGET, POSITION_BYTES, POSITION_FROM_END, decode_row
+from features.row import (
+    FORGET,
+    FORMATS,
+    POSITION_BYTES,
+    POSITION_FROM_END,
+    ROW_FORMAT,
+    RowFormat,
+    decode_row,
+)
 from features.state import EMPTY_STATE, UserState, rebuild_window
 
 if TYPE_CHECKING:
@@ -165,6 +173,7 @@ class SimStore:
     redis: SimRedis
     config: StateConfig
     hooks: Hooks
+    row_format: RowFormat = FORMATS[ROW_FORMAT]
     generation: int = 1
     is_broken: bool = False
 
