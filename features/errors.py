@@ -68,5 +68,13 @@ class LakeError(FeatureError):
     """The event log on disk is missing, truncated or has a hole."""
 
 
+class FeatureLogError(FeatureError):
+    """A record of the feature log is not one this build reads."""
+
+
+class NoSuchOrdinalError(FeatureError):
+    """A user's log holds fewer events than the ordinal asks for."""
+
+
 class ReadOnlyViewError(FeatureError):
     """A view owned by the stream worker was written through Feast."""
