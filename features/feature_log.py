@@ -17,7 +17,7 @@ from features.state import RECORD, RECORD_BYTES, Position
 from features.view import SessionView, UserView
 
 SERVED_VERSION: Final = 1
-# Its bit width, so that a share of 1.0 takes every user.
+# One more than the largest hash, so that a share of 1.0 takes every user.
 _HASH_RANGE: Final = 2**64
 
 
@@ -110,5 +110,5 @@ def is_sampled(user_id: int, share: float) -> bool:
     >>> is_sampled(42, 0.0), is_sampled(42, 1.0)
     (False, True)
     """
-    hashed = xxhash.xxh3_64_intdigest(user_id.to_bytes(8, "little"))
+    hashed = xxhash.xxh3_64_intdigest((user_id % _HASH_RANGE).to_bytes(8, "little"))
     return hashed < share * _HASH_RANGE
