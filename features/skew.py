@@ -172,19 +172,18 @@ def _scalar(name: str, served: object, expected: object) -> Difference:
 
 
 def _sessions(served: SessionView | None, expected: SessionView) -> list[Difference]:
-    """Return a session's features; those of a closed one count as absent, all but its being so."""
+    """Return a session's features; where one side alone has a session, the other's are absent."""
+    if served is None and not expected.is_open:
+        served = expected  # no state and no open session answer alike
+    alike = served is not None and served.is_open == expected.is_open
     found = []
     for name in SessionView._fields:
-        feature = f"session_{name.removeprefix('session_')}"
         ours = None if served is None else getattr(served, name)
         theirs = getattr(expected, name)
-        if name != "is_open":
+        if not alike and name != "is_open":
             ours = ours if served is not None and served.is_open else None
             theirs = theirs if expected.is_open else None
-        elif served is None and not expected.is_open:
-            # No state and no open session answer alike.
-            ours = theirs
-        found.append(_scalar(feature, ours, theirs))
+        found.append(_scalar(f"session_{name.removeprefix('session_')}", ours, theirs))
     return found
 
 
@@ -211,9 +210,10 @@ def _stream(name: str, ours: Records, theirs: Records) -> list[Difference]:
 
 
 def _named(records: Records, column: str, rows: np.ndarray[Any, Any]) -> tuple[object, ...]:
-    """Return (ordinal, value) of some records."""
+    """Return "ordinal: value" of some records."""
     chosen = records[rows.astype(np.int64)]
-    return tuple(zip(chosen["ordinal"].tolist(), chosen[column].tolist(), strict=True))
+    pairs = zip(chosen["ordinal"].tolist(), chosen[column].tolist(), strict=True)
+    return tuple(f"{ordinal}: {value}" for ordinal, value in pairs)
 
 
 def _bits(column: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -83,11 +83,21 @@ class FeatureLogProducer:
 
 
 def read_feature_log(
-    kafka: KafkaConfig, topic: str, *, since_ms: int, records_max: int
+    kafka: KafkaConfig,
+    topic: str,
+    *,
+    since_ms: int,
+    records_max: int,
+    user_id: int | None = None,
 ) -> Iterator[bytes | None]:
-    """Yield the values of the newest records appended since a time, at most so many.
+    """Yield the values of the newest records appended since a time. Joins no group.
 
-    The bound is shared by the partitions alike. Joins no group.
+    Args:
+        kafka: the cluster.
+        topic: usually `Topics().feature_log`.
+        since_ms: epoch ms.
+        records_max: how many at most, the partitions' shares alike; all of one user's if given.
+        user_id: only this user's.
 
     Raises:
         TopicMissingError: nothing was ever logged here.
@@ -95,13 +105,15 @@ def read_feature_log(
     """
     starts = offsets_for_time(kafka, topic, since_ms)
     share = max(1, records_max // max(1, len(starts)))
+    wanted = None if user_id is None else b"%d" % user_id
     reader = LogReader.open(kafka)
     try:
         for partition, start in sorted(starts.items()):
             low, high = reader.bounds(topic, partition)
-            first = max(low, start, high - share)
+            first = max(low, start if wanted else max(start, high - share))
             stretches = reader.read(topic, partition, first, high, records_max=_READ_RECORDS)
             for messages, _ in stretches:
-                yield from (message.value() for message in messages)
+                mine = (one for one in messages if wanted is None or one.key() == wanted)
+                yield from (message.value() for message in mine)
     finally:
         reader.close()
