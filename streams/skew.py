@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from features.as_of import read_user_logs
 from features.errors import FeatureLogError
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from streams.kafka import KafkaConfig
     from streams.topics import Topics
 
-# About 25 kB each with the default sizes, all in memory. Older records are left out.
-RECORDS_MAX: Final = 10_000
-
 
 @dataclass(frozen=True, kw_only=True)
 class SkewRequest:
@@ -38,12 +35,12 @@ class SkewRequest:
     Attributes:
         since_ms: logged at or after this, epoch ms.
         user_id: only this user's.
-        records_max: the newest so many.
+        records_max: the newest so many; about 25 kB of memory each with the default sizes.
     """
 
+    records_max: int
     since_ms: int = 0
     user_id: int | None = None
-    records_max: int = RECORDS_MAX
 
 
 @dataclass(frozen=True, kw_only=True)

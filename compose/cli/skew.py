@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from features.skew_report import Example, SkewReport
     from streams.skew import SkewSource
 
-RECORDS_DEFAULT = 10_000
+# About 25 kB each with the default sizes, all in memory.
+RECORDS_MAX = 10_000
 _HOUR_MS = 3_600_000
 # Values of one feature and reads of one user that are printed; JSON and the page count all.
 _VALUES_SHOWN = 5
@@ -47,7 +48,7 @@ def skew(
     ] = 24.0,
     records: Annotated[
         int, typer.Option(min=1, help="The newest so many; about 25 kB of memory each.")
-    ] = RECORDS_DEFAULT,
+    ] = RECORDS_MAX,
     user: Annotated[
         str | None, typer.Option(help="Only this user, and show every read that differs.")
     ] = None,
