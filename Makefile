@@ -5,6 +5,8 @@
 #   make sim [SEED=n]                     simulated crashes, zombies, restores: 10,000 seeds
 #   make faults [FAULTS=name,...] [EVENTS=n] [KAFKA_HOME=...]
 #                                         real kills, zombies, restores: state stays exact
+#   make parity [PAIRS=n] [DATA=folder] [RECORD=1] [KAFKA_HOME=...]
+#                                         what online reads return equals what the lake gives
 #   make bench-ingest, bench-freshness, bench-pit    measured, kept under benchmarks/results
 #   make bench-memory [RECORD=1] [EVENTS=n]
 #                                         a worker's memory over 5,000,000 events
@@ -17,9 +19,11 @@ TORCH_SPEC ?= torch==2.13.0
 KEEP ?=
 RECORD ?=
 SEED ?=
+PAIRS ?= 2000
+DATA ?= ../shared/data
 BIN := .venv/bin
 
-.PHONY: demo test sim faults bench-ingest bench-freshness bench-pit bench-memory check format figures up down clean
+.PHONY: demo test sim faults parity bench-ingest bench-freshness bench-pit bench-memory check format figures up down clean
 
 demo: .venv/stamp-local
 	$(BIN)/moveline demo $(if $(KEEP),--keep) $(if $(RECORD),--record)
@@ -44,6 +48,10 @@ sim: .venv/stamp-dev
 # Every fault on real processes; SEED chooses the moments.
 faults: .venv/stamp-local
 	$(BIN)/python -m benchmarks.faults
+
+# Reads taken while real events flow, judged by the lake afterwards: not one value may differ.
+parity: .venv/stamp-dev
+	$(BIN)/python -m tests.parity --pairs $(PAIRS) --data $(DATA) $(if $(RECORD),--record)
 
 bench-ingest: .venv/stamp-local
 	$(BIN)/python -m benchmarks.bench_ingest

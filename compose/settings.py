@@ -30,6 +30,7 @@ from pydantic_settings import (
 
 from compose.errors import ComposeError
 from features.config import DEFAULT_ACTIONS, StateConfig
+from scoring.signature import LOGGED_SHARE_DEFAULT
 
 CONFIG_FILE: Final = Path("moveline.toml")
 RUN_DIR: Final = Path(".moveline")
@@ -92,6 +93,12 @@ class WorkerSettings(_Section):
         return self.cache_mb * 1024 * 1024
 
 
+class FeatureLogSettings(_Section):
+    """Whose answers `recommend` logs, for the skew report; 0 logs nobody's."""
+
+    share: float = Field(default=LOGGED_SHARE_DEFAULT, ge=0, le=1)
+
+
 class StateSettings(_Section):
     """The rules of a new generation; an existing one keeps those it was built with."""
 
@@ -120,6 +127,7 @@ class Settings(BaseSettings):
     triton: TritonSettings = Field(default_factory=TritonSettings)
     lake: LakeSettings = Field(default_factory=LakeSettings)
     worker: WorkerSettings = Field(default_factory=WorkerSettings)
+    feature_log: FeatureLogSettings = Field(default_factory=FeatureLogSettings)
     state: StateSettings = Field(default_factory=StateSettings)
     model_repository: Path = Path("model_repo")
     models: Path = Path("models")

@@ -82,5 +82,13 @@ class EntityFrameError(FeatureError, ValueError):
     """A frame of users and times cannot be joined with the views asked for."""
 
 
+class FeatureLogError(FeatureError):
+    """A record of the feature log is not one this build reads."""
+
+
+class NoSuchOrdinalError(FeatureError):
+    """A user's log holds fewer events than the ordinal asks for."""
+
+
 class ReadOnlyViewError(FeatureError):
     """A view owned by the stream worker was written through Feast."""

@@ -252,7 +252,7 @@ class Forgetting:
 
     def _find_in_topics(self, done: Forgotten) -> None:
         topics = self.here.topics
-        names = (topics.events, topics.sessions, topics.dead_letters)
+        names = (topics.events, topics.sessions, topics.dead_letters, topics.feature_log)
         settings = topic_settings(self.here.kafka, names)
         for name in names:
             retention_ms = int(settings[name].get(RETENTION_MS, "-1"))
