@@ -229,7 +229,7 @@ class _Work:
         self.ordinal = state.next_ordinal
         self.num_chunks = state.num_chunks
         self.num_late = state.num_late
-        self.user_session = _OpenSession(state.user_session, config)
+        self.user_session = OpenSession(state.user_session, config)
         self.chunks: list[Chunk] = []
         self.keep = len(state.tail)
         self.newest_ms = _time_of_last(state.tail)
@@ -293,7 +293,7 @@ class _Work:
         self.tail = bytearray()
         self.window = bytearray()
         self.departed = ()
-        self.user_session = _OpenSession(None, self.config)
+        self.user_session = OpenSession(None, self.config)
         self.chunks = []
         self.num_chunks = self.num_late = self.keep = 0
         self.newest_ms = _NO_TIME
@@ -379,7 +379,7 @@ def _insertion_point(tail: bytearray, event_time_ms: int) -> int:
     return low * RECORD_BYTES
 
 
-class _OpenSession:
+class OpenSession:
     """The rolling session while events are applied to it.
 
     A late event within the gap of the session's span extends it; an older one leaves it alone.
