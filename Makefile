@@ -3,9 +3,10 @@
 #                                         the main job on real data and real servers
 #   make test                             every test, against the real servers
 #   make sim [SEED=n]                     simulated crashes, zombies, restores: 10,000 seeds
-#   make faults [FAULTS=name,...] [EVENTS=n] [KAFKA_HOME=...]
+#   make faults [FAULTS=name,...] [EVENTS=n] [RECORD=1] [KAFKA_HOME=...]
 #                                         real kills, zombies, restores: state stays exact
-#   make bench-ingest, bench-freshness    measured, kept under benchmarks/results
+#   make bench-ingest, bench-freshness, bench-replay [RECORD=1] [EVENTS=n] [KAFKA_HOME=...]
+#                                         measured; RECORD=1 keeps it under benchmarks/results
 #   make check                            format, lint, types, import contracts (under 60 s)
 #   make figures                          benchmarks/results into README.md
 #   make up / make down                   the local stack by itself
@@ -17,7 +18,7 @@ RECORD ?=
 SEED ?=
 BIN := .venv/bin
 
-.PHONY: demo test sim faults bench-ingest bench-freshness check format figures up down clean
+.PHONY: demo test sim faults bench-ingest bench-freshness bench-replay check format figures up down clean
 
 demo: .venv/stamp-local
 	$(BIN)/moveline demo $(if $(KEEP),--keep) $(if $(RECORD),--record)
@@ -41,13 +42,17 @@ sim: .venv/stamp-dev
 
 # Every fault on real processes; SEED chooses the moments.
 faults: .venv/stamp-local
-	$(BIN)/python -m benchmarks.faults
+	$(BIN)/python -m benchmarks.faults $(if $(RECORD),--record)
 
 bench-ingest: .venv/stamp-local
-	$(BIN)/python -m benchmarks.bench_ingest
+	$(BIN)/python -m benchmarks.bench_ingest $(if $(RECORD),--record)
 
-bench-freshness: .venv/stamp-local
-	$(BIN)/python -m benchmarks.bench_freshness
+# matplotlib, which draws its curve, comes with the tools of development.
+bench-freshness: .venv/stamp-dev
+	$(BIN)/python -m benchmarks.bench_freshness $(if $(RECORD),--record)
+
+bench-replay: .venv/stamp-local
+	$(BIN)/python -m benchmarks.bench_replay $(if $(RECORD),--record)
 
 figures: .venv/stamp-local
 	$(BIN)/python -m benchmarks.readme
