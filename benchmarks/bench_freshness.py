@@ -51,6 +51,7 @@ WAITS_S: Final = (0.002, 0.005, WAIT_DEFAULT_S, 0.02, 0.05, 0.2)
 SHARE_OF_OTHERS: Final = 3
 WARM_UP: Final = 5_000
 WATCH_EVERY: Final = 10
+TICKS_MS: Final = (5, 10, 20, 50, 100, 200, 500)
 # Below this share of the rate asked for, the sender was the bottleneck: nothing was measured.
 SENT_SHARE_MIN: Final = 0.98
 
@@ -111,6 +112,7 @@ def draw(curve: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     left.set_xscale("log")
     left.set_yscale("log")
     left.set_xticks(waits_ms, [f"{wait_ms:g}" for wait_ms in waits_ms])
+    left.set_yticks(TICKS_MS, [str(tick_ms) for tick_ms in TICKS_MS])
     left.minorticks_off()
     left.set_xlabel("batch wait (ms)")
     left.set_ylabel("acknowledged to readable (ms)")
