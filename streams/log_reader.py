@@ -10,7 +10,7 @@ import logging
 import time
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from streams.errors import BrokerUnavailableError, OffsetGoneError
 from streams.kafka import (
@@ -169,14 +169,14 @@ class LogReader:
         at_end: set[int] = set()
         gone: set[int] = set()
         for message in messages:
-            error = message.error()
+            plain: Any = message  # the library calls its partition and offset optional
+            error, partition, offset = plain.error(), plain.partition(), plain.offset()
             if error is not None and not is_end_of_partition(error):
                 if is_offset_gone(error):
-                    gone.add(_place_of(message)[0])
+                    gone.add(partition)
                 else:
                     self._refuse(error)
                 continue
-            partition, offset = _place_of(message)
             at = ends.get(partition, left.get(partition))
             if at is None:
                 continue  # fetched before its partition was paused
@@ -216,9 +216,3 @@ class LogReader:
             f"with more to come: {where}. Look at the broker with `moveline status`, then repeat "
             "the command; what is applied by then is not read again."
         )
-
-
-def _place_of(message: Message) -> tuple[int, int]:
-    partition, offset = message.partition(), message.offset()
-    assert partition is not None, "what has an offset has a partition"
-    return partition, offset or 0
