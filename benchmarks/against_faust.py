@@ -96,13 +96,14 @@ def _compare(stack: LocalStack, by_user: Mapping[int, Sequence[Accepted]]) -> No
         summary = execute(client, "GET", summary_key(user_id))
         entries = execute(client, "LRANGE", tail_key(user_id), 0, -1)
         expected = oracle_state(by_user[user_id], _CONFIG)
-        found, wanted = _facts(user_from(summary, entries)), _oracle_facts(expected)
+        found, wanted = agent_facts(user_from(summary, entries)), oracle_facts(expected)
         if found != wanted:
             raise UnequalError(f"user {user_id}: {found}; the oracle says {wanted}")
     CONSOLE.print(f"Faust: {len(sample)} of {len(by_user):,} users are as the oracle says")
 
 
-def _facts(user: User) -> dict[str, Any]:
+def agent_facts(user: User) -> dict[str, Any]:
+    """Return what the agent says of a user."""
     summary = user.summary
     codes = {action: code for code, action in enumerate(_CONFIG.actions)}
     return {
@@ -132,7 +133,8 @@ def _facts(user: User) -> dict[str, Any]:
     }
 
 
-def _oracle_facts(oracle: OracleState) -> dict[str, Any]:
+def oracle_facts(oracle: OracleState) -> dict[str, Any]:
+    """Return what the oracle says of a user."""
     last = oracle.accepted[-1].event.position
     newest = sorted(oracle.accepted, key=lambda n: (n.event.event_time_ms, n.ordinal))[-TAIL:]
     return {

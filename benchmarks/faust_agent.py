@@ -90,11 +90,9 @@ class User:
     def apply(self, event: Event, partition: int, offset: int) -> None:
         """Take one event, unless it was taken before or repeats a recent one."""
         summary = self.summary
-        if offset <= summary.offset:
+        if offset <= summary.offset or event.event_id in self.window:
             return
         summary.partition, summary.offset = partition, offset
-        if event.event_id in self.window:
-            return
         self._insert(event)
         self.window.append(event.event_id)
         self._move_session(event)
