@@ -18,6 +18,7 @@ from features import keys
 from features.clock import now_ms
 from features.events import CONTENT_TYPE_HEADER, MSGPACK_TYPE, Event, encode_event
 from features.oracle import oracle_state
+from features.redis_client import scan
 from features.row import encode_row
 from features.state import EMPTY_STATE, RECORD, Accepted, step
 from streams.kafka import make_producer
@@ -192,6 +193,6 @@ def assert_holds(store: StateStore, by_user: Mapping[int, Sequence[Accepted]]) -
         assert rows[user] == expected.row, f"row of user {user}"
         held = store.client.hgetall(keys.chunks_key(store.generation, user))
         assert held == expected.chunks, f"chunks of user {user}"
-    held_rows = store.client.keys(f"moveline:*:g{store.generation}:row:*")
-    assert len(held_rows) == len(by_user)
+    held_rows = scan(store.client, f"moveline:*:g{store.generation}:row:*", count=1_000)
+    assert len(set(held_rows)) == len(by_user)
     return len(by_user)
