@@ -33,6 +33,7 @@ from features.row import (
     RowWrite,
     decode_newest,
     decode_row,
+    is_short,
     newest_bytes,
 )
 from features.state import EMPTY_STATE, UserState, rebuild_window
@@ -227,46 +228,39 @@ class StateStore:
     def read_states(self, user_ids: Sequence[int], *, newest: int) -> list[UserState | None]:
         """Return states with at least the newest records asked for, as far as there are any.
 
-        One round trip. Only rows that remember departed ids of late events can come back short,
-        and those are read again, whole.
-
         Raises:
             StoreError: Redis did not answer.
             CorruptRowError: stored bytes are not a row.
         """
         rows = self.read_rows(user_ids, newest=newest)
-        read = [None if row is None else decode_newest(row) for row in rows]
-        short = [
-            i
-            for i, found in enumerate(read)
-            if found is not None and found[1] and found[0].records.size < newest
-        ]
-        states = [None if found is None else found[0] for found in read]
-        if short:
-            whole = self.read_rows([user_ids[i] for i in short])
-            for i, row in zip(short, whole, strict=True):
-                states[i] = None if row is None else decode_row(row)
-        return states
+        return [None if row is None else decode_newest(row)[0] for row in rows]
 
     def read_rows(
         self, user_ids: Sequence[int], *, newest: int | None = None
     ) -> list[bytes | None]:
         """Return the users' rows in one round trip, each read atomically; None when unknown.
 
+        Only rows that remember departed ids of late events can come back short of the records
+        asked for, and those are read again, whole.
+
         Args:
             user_ids: whose rows.
             newest: only this many of the newest records (and all of the trailer).
+
+        Raises:
+            StoreError: Redis did not answer.
         """
+        row_keys = [keys.row_key(self.generation, user) for user in user_ids]
         if newest is None:
-            commands: list[tuple[Any, ...]] = [
-                ("GET", keys.row_key(self.generation, user)) for user in user_ids
-            ]
-        else:
-            start = -newest_bytes(newest)
-            commands = [
-                ("GETRANGE", keys.row_key(self.generation, user), start, -1) for user in user_ids
-            ]
-        return [row or None for row in self._pipelined(commands, "reading states")]
+            whole = self._pipelined([("GET", key) for key in row_keys], "reading states")
+            return [row or None for row in whole]
+        start = -newest_bytes(newest)
+        rows = self._pipelined([("GETRANGE", key, start, -1) for key in row_keys], "reading states")
+        short = [i for i, row in enumerate(rows) if is_short(row, newest)]
+        again = self._pipelined([("GET", row_keys[i]) for i in short], "reading states")
+        for i, row in zip(short, again, strict=True):
+            rows[i] = row
+        return [row or None for row in rows]
 
     def _pipelined(self, commands: Sequence[tuple[Any, ...]], doing: str) -> list[Any]:
         return pipelined(self.client, commands, doing)

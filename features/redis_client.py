@@ -142,10 +142,9 @@ def pipelined(client: RedisClient, commands: Sequence[Command], doing: str) -> l
         StoreError: Redis did not answer, is full, or refused one of them; others may have run.
     """
     replies: list[Any] = []
-    run = _run_by_node if isinstance(client, RedisCluster) else _run
     for start in range(0, len(commands), PIPELINE_MAX):
         with mapped_errors(doing):
-            replies += run(client, commands[start : start + PIPELINE_MAX])
+            replies += _run(client, commands[start : start + PIPELINE_MAX])
     for reply in replies:
         if isinstance(reply, NoScriptError):
             raise ScriptMissingError(str(reply))
@@ -156,68 +155,56 @@ def pipelined(client: RedisClient, commands: Sequence[Command], doing: str) -> l
 
 
 def _run(client: RedisClient, commands: Sequence[Command]) -> list[Any]:
-    """Return replies, errors among them."""
-    pipeline = client.pipeline(transaction=False)
-    queue: Callable[..., Any] = pipeline.execute_command
-    for command in commands:
-        queue(*command)
-    replies: list[Any] = pipeline.execute(raise_on_error=False)
-    return replies
+    """Return replies, errors among them; a slot that moved is followed, command by command.
 
-
-def _run_by_node(client: RedisClient, commands: Sequence[Command]) -> list[Any]:
-    """Return replies, errors among them; a moved slot is followed command by command.
-
-    redis-py's own cluster pipeline sends again what a broken connection may have written, and
-    takes ten times as long for commands of a kilobyte.
+    redis-py's own pipelines are not used: the one for clusters sends again what a broken connection
+    may have written, and both spend on each reply what a user's row takes to travel.
     """
+    if not isinstance(client, RedisCluster):
+        return _exchange([(client, commands)])[0]
     cluster: _Untyped = client
     places: dict[str, list[int]] = {}
     for i, command in enumerate(commands):
         key = command[_KEY_AT.get(command[0], 1)]
         places.setdefault(cluster.get_node_from_key(key).name, []).append(i)
-    replies: list[Any] = [None] * len(commands)
+    nodes = [cluster.get_redis_connection(cluster.get_node(node_name=name)) for name in places]
+    parts = [[commands[i] for i in of_node] for of_node in places.values()]
     try:
-        for name, found in _exchange(cluster, commands, places).items():
-            for i, reply in zip(places[name], found, strict=True):
-                replies[i] = reply
+        found = _exchange(list(zip(nodes, parts, strict=True)))
     except (RedisConnectionError, RedisTimeoutError):
         # Somebody else may own its slots by now; who asks again asks whoever that is.
         cluster.nodes_manager.initialize()
         raise
-    for i, reply in enumerate(replies):
-        if isinstance(reply, AskedElsewhereError):  # MOVED is one of these too
-            replies[i] = execute(client, *commands[i])
+    replies: list[Any] = [None] * len(commands)
+    for of_node, part in zip(places.values(), found, strict=True):
+        for i, reply in zip(of_node, part, strict=True):
+            is_elsewhere = isinstance(reply, AskedElsewhereError)  # MOVED is one of these too
+            replies[i] = execute(client, *commands[i]) if is_elsewhere else reply
     return replies
 
 
-def _exchange(
-    cluster: _Untyped, commands: Sequence[Command], places: dict[str, list[int]]
-) -> dict[str, list[Any]]:
-    """Send every node its commands before any reply is read, so that they work side by side."""
-    nodes = {
-        name: cluster.get_redis_connection(cluster.get_node(node_name=name)) for name in places
-    }
-    connections: dict[str, _Untyped] = {}
-    replies: dict[str, list[Any]] = {}
+def _exchange(parts: Sequence[tuple[redis.Redis, Sequence[Command]]]) -> list[list[Any]]:
+    """Send every server its commands before any reply is read, so that they work side by side."""
+    connections: list[_Untyped] = []
+    replies: list[list[Any]] = []
     try:
-        for name, node in nodes.items():
-            connections[name] = node.connection_pool.get_connection()
-            packed = connections[name].pack_commands([commands[i] for i in places[name]])
-            connections[name].send_packed_command(packed)
-        for name, node in nodes.items():
-            replies[name] = [_reply(node, connections[name], commands[i]) for i in places[name]]
+        for server, commands in parts:
+            connection: _Untyped = server.connection_pool.get_connection()
+            connections.append(connection)
+            connection.send_packed_command(connection.pack_commands(commands))
+        for (server, commands), connection in zip(parts, connections, strict=True):
+            replies.append([_reply(server, connection, command[0]) for command in commands])
     finally:
-        for name, connection in connections.items():
-            if name not in replies:  # replies that nobody has read must not reach the next user
+        for i, connection in enumerate(connections):
+            if i >= len(replies):  # replies that nobody has read must not reach the next user
                 connection.disconnect()
-            nodes[name].connection_pool.release(connection)
+            parts[i][0].connection_pool.release(connection)
     return replies
 
 
-def _reply(node: _Untyped, connection: _Untyped, command: Command) -> Any:  # noqa: ANN401
+def _reply(server: _Untyped, connection: _Untyped, name: str) -> Any:  # noqa: ANN401 - Redis replies
     try:
-        return node.parse_response(connection, command[0])
+        return server.parse_response(connection, name)
     except ResponseError as error:
         return error
 
