@@ -22,6 +22,7 @@ from features.redis_client import (
     connect,
     execute,
     infos,
+    load_script,
     mapped_errors,
     pipelined,
     primaries,
@@ -189,9 +190,7 @@ class StateStore:
         try:
             return self._pipelined(commands, "writing states")
         except ScriptMissingError:
-            with mapped_errors("loading the write script"):
-                for server in primaries(self.client):
-                    execute(server, "SCRIPT LOAD", _script())
+            load_script(self.client, _script())
             return self._pipelined(commands, "writing states")
 
     def _bucket_command(self, write: BucketWrite) -> tuple[Any, ...]:

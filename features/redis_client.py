@@ -134,6 +134,13 @@ def run_script(client: RedisClient, source: bytes, keys: Sequence[str], args: Se
     return int(untyped.register_script(source)(keys, args))
 
 
+def load_script(client: RedisClient, source: bytes) -> None:
+    """Return once every server knows the script, so that EVALSHA finds it."""
+    with mapped_errors("loading a script"):
+        for server in primaries(client):
+            execute(server, "SCRIPT LOAD", source)
+
+
 def pipelined(client: RedisClient, commands: Sequence[Command], doing: str) -> list[Any]:
     """Return the replies to commands of one key each, in order: one round trip to every server.
 
