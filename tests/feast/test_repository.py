@@ -20,7 +20,7 @@ from features.offline import MovelineRegistryStore
 from features.online_config import URL_DEFAULT
 from features.online_store import MovelineOnlineStoreConfig
 from features.redis_address import RedisAddress
-from features.schema import View, views
+from features.schema import SERVICES, View, views
 
 FOLDER = Path(definitions.__file__).parent
 TYPES = {"int64": Int64, "float32": Float32, "bool": Bool, "string": String}
@@ -68,7 +68,7 @@ def test_the_command_line_applies_and_applies_again(tmp_path: Path) -> None:
     names = [view.name for view in views(StateConfig())]
     store = definitions.open_store(redis_url=URL_DEFAULT, registry=registry)
     assert sorted(view.name for view in store.list_feature_views()) == sorted(names)
-    assert {s.name for s in store.list_feature_services()} == {"retrieval_gems", "catalogue"}
+    assert {s.name for s in store.list_feature_services()} == set(SERVICES)
     assert {e.join_key for e in store.list_entities()} == {"user_id", "item_id"}
 
 
