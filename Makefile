@@ -6,6 +6,7 @@
 #   make faults [FAULTS=name,...] [EVENTS=n] [KAFKA_HOME=...]
 #                                         real kills, zombies, restores: state stays exact
 #   make bench-ingest, bench-freshness    measured, kept under benchmarks/results
+#   make bench-read [RECORD=1] [ROUNDS=n] users' features: ours, Feast's, and the floor
 #   make check                            format, lint, types, import contracts (under 60 s)
 #   make figures                          benchmarks/results into README.md
 #   make up / make down                   the local stack by itself
@@ -17,7 +18,7 @@ RECORD ?=
 SEED ?=
 BIN := .venv/bin
 
-.PHONY: demo test sim faults bench-ingest bench-freshness check format figures up down clean
+.PHONY: demo test sim faults bench-ingest bench-freshness bench-read check format figures up down clean
 
 demo: .venv/stamp-local
 	$(BIN)/moveline demo $(if $(KEEP),--keep) $(if $(RECORD),--record)
@@ -48,6 +49,9 @@ bench-ingest: .venv/stamp-local
 
 bench-freshness: .venv/stamp-local
 	$(BIN)/python -m benchmarks.bench_freshness
+
+bench-read: .venv/stamp-local
+	$(BIN)/python -m benchmarks.bench_read $(if $(RECORD),--record)
 
 figures: .venv/stamp-local
 	$(BIN)/python -m benchmarks.readme

@@ -11,6 +11,7 @@ readers at once, Feast's server.
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import tempfile
@@ -238,11 +239,16 @@ def measure(url: str, folder: Path) -> dict[str, list[float]]:
 
 def main() -> None:
     """Measure everything and report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--record", action="store_true", help="keep it in benchmarks/results")
+    keep = bool(parser.parse_args().record)
     with tempfile.TemporaryDirectory(prefix="moveline-bench-") as folder:
         options = StackOptions(run_dir=Path(folder), services=frozenset({"redis"}), persist=False)
         with running_stack(options, report=CONSOLE.print) as stack:
             found = measure(stack.addresses.redis, Path(folder))
-    at_100 = SIZES.index(100)
+    at_100 = {name: medians[SIZES.index(100)] for name, medians in found.items()}
     report(
         "bench-read",
         {
@@ -251,11 +257,13 @@ def main() -> None:
             "ours_feast_api_ms": found["ours_feast_api"],
             "stock_feast_ms": found["stock_feast"],
             "floor_ms": found["floor"],
-            "speedup_vs_feast_100": round(found["stock_feast"][at_100] / found["ours"][at_100], 1),
-            "floor_ratio_100": round(found["ours"][at_100] / found["floor"][at_100], 2),
+            **{f"{name}_100_ms": median for name, median in at_100.items()},
+            "speedup_vs_feast_100": round(at_100["stock_feast"] / at_100["ours"], 1),
+            "floor_ratio_100": round(at_100["ours"] / at_100["floor"], 2),
         },
         command="make bench-read",
         caveats={"machine": "Redis and reader share the cores"},
+        keep=keep,
     )
 
 

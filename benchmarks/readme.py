@@ -43,6 +43,14 @@ ROWS: Final = {
         ("bytes_per_user", "bytes of Redis per user that has events"),
         ("worker_mb", "resident memory of the worker (MB)"),
     ),
+    "bench-read": (
+        ("ours_100_ms", "100 users, session and 256 events, into arrays (ms)"),
+        ("floor_100_ms", "redis-py's pipeline for the same bytes, not looked at (ms)"),
+        ("floor_ratio_100", "times that floor"),
+        ("ours_feast_api_100_ms", "the same through Feast's API (ms)"),
+        ("stock_feast_100_ms", "Feast's own Redis store, the same features as arrays (ms)"),
+        ("speedup_vs_feast_100", "times faster than Feast's own store"),
+    ),
     "faults": (
         ("cases", "cases, each on at least 200,000 events"),
         ("equal", "cases that ended byte for byte equal to the oracle"),
