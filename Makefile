@@ -8,7 +8,7 @@
 #   make parity [PAIRS=n] [DATA=folder] [RECORD=1] [KAFKA_HOME=...]
 #                                         what online reads return equals what the lake gives
 #   make bench-ingest, bench-freshness, bench-replay, bench-memory [RECORD=1] [EVENTS=n]
-#        bench-pit, bench-read            measured; RECORD=1 keeps it under benchmarks/results
+#        bench-pit, bench-read [ROUNDS=n] measured; RECORD=1 keeps it under benchmarks/results
 #   make check                            format, lint, types, import contracts (under 60 s)
 #   make figures                          benchmarks/results into README.md
 #   make up / make down                   the local stack by itself
@@ -69,6 +69,9 @@ bench-pit: .venv/stamp-local
 # matplotlib, which draws its curve, comes with the tools of development.
 bench-memory: .venv/stamp-dev
 	$(BIN)/python -m benchmarks.bench_memory $(if $(RECORD),--record)
+
+bench-read: .venv/stamp-local
+	$(BIN)/python -m benchmarks.bench_read $(if $(RECORD),--record)
 
 figures: .venv/stamp-local
 	$(BIN)/python -m benchmarks.readme

@@ -58,6 +58,14 @@ ROWS: Final = {
         ("whole_rows_per_s", "rows/s of the whole set, session and 512 events a row"),
         ("whole_peak_mb", "peak memory of that process (MB)"),
     ),
+    "bench-read": (
+        ("ours_100_ms", "100 users, session and 256 events, into arrays (ms)"),
+        ("floor_100_ms", "redis-py's pipeline for the same bytes, not looked at (ms)"),
+        ("floor_ratio_100", "times that floor"),
+        ("ours_feast_api_100_ms", "the same through Feast's API (ms)"),
+        ("stock_feast_100_ms", "Feast's own Redis store, the same features as arrays (ms)"),
+        ("speedup_vs_feast_100", "times faster than Feast's own store"),
+    ),
     "faults": (
         ("cases", "cases"),
         ("events_per_case", "records of each case"),
