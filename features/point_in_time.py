@@ -165,9 +165,7 @@ class _Cut:
         computed: dict[str, pa.Array] = {}
         if any(name.startswith("session_") for name in self.names):
             computed |= self._session_columns(labels, window, known)
-        for name in self.names:
-            if name not in computed:
-                computed[name] = self._stream_column(name, window, known)
+        computed |= self._stream_columns(window, known)
         return pa.table(made | {name: computed[name] for name in self.names})
 
     def _window(self, labels: LabelGroups) -> tuple[Int64s, Bools]:
@@ -187,16 +185,20 @@ class _Cut:
         lane = np.arange(starts[-1]) - np.repeat(starts[:-1], labels.num_rows_G)
         return _lists(starts, self.log.item_id_N[first + lane])
 
-    def _stream_column(self, name: str, window: Int64s, known: Bools) -> pa.Array:
-        stream, column = name.split("_", 1)
+    def _stream_columns(self, window: Int64s, known: Bools) -> dict[str, pa.Array]:
+        """Return the columns asked for of both streams, a list a label."""
+        null = ~known[:, -1]
         recent = self.config.recent
-        part = slice(-recent, None) if stream == "recent" else slice(None, -recent)
-        values = getattr(self.log, _STREAM_COLUMNS[column])
-        return _lists(
-            np.concatenate(([0], np.cumsum(known[:, part].sum(axis=1)))),
-            values[window[:, part][known[:, part]]],
-            null=~known[:, -1],
-        )
+        columns = {}
+        for stream, part in (("recent", slice(-recent, None)), ("mid", slice(None, -recent))):
+            names = [name for name in self.names if name.startswith(f"{stream}_")]
+            if names:
+                rows = window[:, part][known[:, part]]
+                offsets = np.concatenate(([0], np.cumsum(known[:, part].sum(axis=1))))
+            for name in names:
+                values = getattr(self.log, _STREAM_COLUMNS[name.removeprefix(f"{stream}_")])
+                columns[name] = _lists(offsets, values[rows], null=null)
+        return columns
 
     def _session_columns(
         self, labels: LabelGroups, window: Int64s, known: Bools
