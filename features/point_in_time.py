@@ -88,7 +88,7 @@ def training_rows(
 
     Args:
         root: the lake's folder.
-        topic: whose events.
+        topic: the log's first one; those that follow it are read too.
         config: the generation's rules.
         entities: the labels; every (user, time) of the log if left out.
         features: names from the schema; all of them if left out.
