@@ -20,10 +20,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from features import point_in_time
 from features.errors import LakeError, SchemaMismatchError
 from features.lake import list_files, read_accepted
 from features.lake_users import stream_users
 from features.point_in_time import Entities, feature_names, training_rows
+from features.schema import Feature, View, views
 from features.state import EMPTY_STATE, Accepted, Position, step
 from features.view import view_user
 from tests.features.strategies import SMALL
@@ -283,6 +285,21 @@ def test_every_feature_of_the_users_views_is_made(tmp_path: Path) -> None:
     (nothing,) = training_rows(tmp_path, TOPIC, SMALL, entities=unknown)
     # A user of whom nothing is known has columns of the same types.
     assert nothing.drop_columns(["row"]).schema.types == table.schema.types
+
+
+def test_a_users_feature_that_no_event_gives_is_null(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A view that only a model could fill: no real schema has one that this build knows."""
+    foreseen = View(
+        "user_mood", "user", 0, "worker", (Feature("mood", "float32", "none", default=None),), ""
+    )
+    monkeypatch.setattr(point_in_time, "views", lambda config: (*views(config), foreseen))
+    write_logs(tmp_path, busy_logs(2, 3))
+    (table,) = training_rows(tmp_path, TOPIC, SMALL, features=["mood", "session_id"])
+    assert table["mood"].type == pa.float32()
+    assert table["mood"].null_count == table.num_rows == 6
+    assert "mood" not in feature_names(SMALL)
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
