@@ -5,7 +5,11 @@
 #   make sim [SEED=n]                     simulated crashes, zombies, restores: 10,000 seeds
 #   make faults [FAULTS=name,...] [EVENTS=n] [KAFKA_HOME=...]
 #                                         real kills, zombies, restores: state stays exact
+#   make parity [PAIRS=n] [DATA=folder] [RECORD=1] [KAFKA_HOME=...]
+#                                         what online reads return equals what the lake gives
 #   make bench-ingest, bench-freshness, bench-pit    measured, kept under benchmarks/results
+#   make bench-memory [RECORD=1] [EVENTS=n]
+#                                         a worker's memory over 5,000,000 events
 #   make check                            format, lint, types, import contracts (under 60 s)
 #   make figures                          benchmarks/results into README.md
 #   make up / make down                   the local stack by itself
@@ -15,9 +19,11 @@ TORCH_SPEC ?= torch==2.13.0
 KEEP ?=
 RECORD ?=
 SEED ?=
+PAIRS ?= 2000
+DATA ?= ../shared/data
 BIN := .venv/bin
 
-.PHONY: demo test sim faults bench-ingest bench-freshness bench-pit check format figures up down clean
+.PHONY: demo test sim faults parity bench-ingest bench-freshness bench-pit bench-memory check format figures up down clean
 
 demo: .venv/stamp-local
 	$(BIN)/moveline demo $(if $(KEEP),--keep) $(if $(RECORD),--record)
@@ -43,6 +49,10 @@ sim: .venv/stamp-dev
 faults: .venv/stamp-local
 	$(BIN)/python -m benchmarks.faults
 
+# Reads taken while real events flow, judged by the lake afterwards: not one value may differ.
+parity: .venv/stamp-dev
+	$(BIN)/python -m tests.parity --pairs $(PAIRS) --data $(DATA) $(if $(RECORD),--record)
+
 bench-ingest: .venv/stamp-local
 	$(BIN)/python -m benchmarks.bench_ingest
 
@@ -51,6 +61,10 @@ bench-freshness: .venv/stamp-local
 
 bench-pit: .venv/stamp-local
 	$(BIN)/python -m benchmarks.bench_pit --record
+
+# matplotlib, which draws its curve, comes with the tools of development.
+bench-memory: .venv/stamp-dev
+	$(BIN)/python -m benchmarks.bench_memory $(if $(RECORD),--record)
 
 figures: .venv/stamp-local
 	$(BIN)/python -m benchmarks.readme

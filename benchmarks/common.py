@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import tempfile
@@ -33,6 +34,17 @@ TOPICS: Final = Topics()
 # A folder of Apache Kafka's jars beside the checkout is used when nothing else is named.
 KAFKA_BESIDE: Final = Path("../shared/kafka")
 _START_MS: Final = 1_763_700_000_000
+
+
+def is_recording(document: str | None) -> bool:
+    """Return whether the command line has --record; --help prints the module's document."""
+    parser = argparse.ArgumentParser(
+        description=document, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--record", action="store_true", help="keep the result under benchmarks/results"
+    )
+    return bool(parser.parse_args().record)
 
 
 def kafka_home() -> Path | None:

@@ -150,7 +150,8 @@ def _judge_states(
 def _judge_user(
     change: Change | None, held: Held | None, config: StateConfig, verdict: Verdict
 ) -> None:
-    chunks = {} if change is None else {chunk.number: chunk.records for chunk in change.chunks}
+    first = 0 if held is None else held.first
+    chunks = {c.number: c.records for c in (change.chunks if change else ()) if c.number >= first}
     row = None if change is None else encode_row(change.state, len(config.actions))
     if held is not None and row == held.row and chunks == dict(held.chunks):
         return

@@ -145,15 +145,6 @@ class Generations:
             users = {int(match[2]) for match in matches if match}
         return sorted(filter(keep, users))
 
-    def chunks(self, generation: int, user_ids: Sequence[int]) -> list[dict[int, bytes]]:
-        """Return each user's waiting chunks by number."""
-        with mapped_errors("reading chunks"):
-            pipeline = self.client.pipeline(transaction=False)
-            for user in user_ids:
-                pipeline.hgetall(keys.chunks_key(generation, user))
-            replies = pipeline.execute()
-        return [{int(number): data for number, data in reply.items()} for reply in replies]
-
     def drop(self, generation: int) -> Iterator[int]:
         """Delete a generation step by step, yielding how many keys each step deleted.
 
@@ -173,7 +164,11 @@ class Generations:
                 yield self._unlink(batch)
                 batch = []
         yield self._unlink(batch)
-        last = (keys.generation_key(generation), keys.built_key(generation))
+        last = (
+            keys.row_format_key(generation),
+            keys.generation_key(generation),
+            keys.built_key(generation),
+        )
         yield self._unlink([key.encode() for key in last])
 
     def refuse_full(self, generation: int) -> None:

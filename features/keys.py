@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from numpy.typing import NDArray
 
 PREFIX: Final = "moveline"
@@ -46,6 +48,12 @@ def chunks_key(generation: int, user_id: int) -> str:
     return f"{PREFIX}:{{b{bucket_of(user_id)}}}:g{generation}:chunks:{user_id}"
 
 
+def user_keys(generation: int, bucket: int, user_ids: Iterable[int]) -> list[str]:
+    """Return `row_key` and `chunks_key` of each user in turn; all of them are in `bucket`."""
+    row, chunks = (f"{PREFIX}:{{b{bucket}}}:g{generation}:{kind}:" for kind in ("row", "chunks"))
+    return [f"{kind}{user}" for user in user_ids for kind in (row, chunks)]
+
+
 def checkpoints_key(generation: int, bucket: int) -> str:
     """Return the key of a bucket's checkpoints: a hash of "source:partition" to next offset."""
     return f"{PREFIX}:{{b{bucket}}}:g{generation}:checkpoints"
@@ -64,6 +72,11 @@ def generation_key(generation: int) -> str:
 def built_key(generation: int) -> str:
     """Return the key of how a replay builds a generation."""
     return f"{generation_key(generation)}:built"
+
+
+def row_format_key(generation: int) -> str:
+    """Return the key of the format that a generation's rows are written in."""
+    return f"{generation_key(generation)}:row-format"
 
 
 POINTERS_KEY: Final = f"{PREFIX}:pointers"

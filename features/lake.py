@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from features.config import FORGET_CODE
 from features.errors import LakeError
 from features.events import domain_hash
 from features.lake_manifest import newest_manifest
@@ -252,18 +253,17 @@ def accept_columns(columns: dict[str, Column], config: StateConfig) -> dict[str,
     # Stable: files come in log order, and a user lives in one partition of each topic.
     order = np.argsort(columns["user_id"], kind="stable")
     columns = {name: column[order] for name, column in columns.items()}
-    keep = keep_first(columns["user_id"], columns["event_hash"], config.dedup_window)
-    columns = {name: column[keep] for name, column in columns.items()}
-    columns["ordinal"] = _count_within(columns["user_id"])
-    return {name: columns[name] for name in TRAINING_COLUMNS}
+    keep, columns["ordinal"] = _number(columns, config.dedup_window)
+    return {name: columns[name][keep] for name in TRAINING_COLUMNS}
 
 
 def judged_columns(table: pa.Table, config: StateConfig) -> tuple[dict[str, Column], Column]:
     """Return the columns of the events a generation's rules take, and which rows those are."""
-    action = _codes(table["action"], {name: i for i, name in enumerate(config.actions)})
-    streamed = np.array([name in config.stream_actions for name in config.actions])
+    codes = config.codes
+    action = _codes(table["action"], codes)
     ahead = table["event_time_ms"].to_numpy() - table["append_time_ms"].to_numpy()
-    keep = (action >= 0) & streamed[action] & (ahead <= config.future_tolerance_ms)
+    keep = np.isin(action, [codes[name] for name in config.entering])
+    keep &= (ahead <= config.future_tolerance_ms) | (action == FORGET_CODE)
     columns = {
         "user_id": table["user_id"].to_numpy(),
         "item_id": table["item_id"].to_numpy(),
@@ -296,32 +296,46 @@ def _domain_hashes(column: pa.ChunkedArray) -> Column:
     return hashed
 
 
-def keep_first(
-    users: Column,
-    hashes: Column,
-    window: int,
-) -> Column:
-    """Return which events count, given users grouped and each user's events in log order.
+def _number(columns: dict[str, Column], window: int) -> tuple[Column, Column]:
+    """Return which events count and every event's ordinal, given each user's in log order.
 
-    An event is dropped if its hash is among the last `window` *accepted* of its user. Only users
-    who repeat a hash at all need the event-by-event look; the rest is decided by one sort.
+    An event is dropped if its hash is among the last `window` *accepted* of its user, or if the
+    user was forgotten after it. Only users who repeat a hash or were forgotten at all need the
+    event-by-event look; the rest is decided by one sort.
     """
-    keep = np.ones(users.size, bool)
+    users, hashes = columns["user_id"], columns["event_hash"]
+    keep, ordinals = np.ones(users.size, bool), _count_within(users)
     order = np.lexsort((hashes, users))
     same = (users[order][1:] == users[order][:-1]) & (hashes[order][1:] == hashes[order][:-1])
-    for user in np.unique(users[order][1:][same]):
+    forgotten = users[columns["action"] == FORGET_CODE]
+    for user in np.union1d(users[order][1:][same], forgotten):
         # Not `user + 1`: the largest id has no successor in 64 bits.
         start, end = np.searchsorted(users, user, "left"), np.searchsorted(users, user, "right")
-        last_ordinal: dict[int, int] = {}
-        ordinal = 0
-        for i in range(start, end):
-            seen = last_ordinal.get(int(hashes[i]))
-            if seen is not None and ordinal - seen <= window:
-                keep[i] = False
-                continue
-            last_ordinal[int(hashes[i])] = ordinal
+        mine = {name: column[start:end] for name, column in columns.items()}
+        keep[start:end], ordinals[start:end] = number_one(mine, window)
+    return keep, ordinals
+
+
+def number_one(columns: dict[str, Column], window: int) -> tuple[list[bool], list[int]]:
+    """Return the same for the events of one user, one by one."""
+    keep: list[bool] = []
+    ordinals: list[int] = []
+    last_ordinal: dict[int, int] = {}
+    ordinal = 0
+    fields = (columns[name].tolist() for name in ("event_hash", "action", "item_id"))
+    for event_hash, action, item_id in zip(*fields, strict=True):
+        ordinals.append(ordinal)
+        if action == FORGET_CODE:
+            keep = [False] * len(ordinals)
+            last_ordinal = {}
+            ordinal = max(ordinal, item_id)
+            continue
+        seen = last_ordinal.get(event_hash)
+        keep.append(seen is None or ordinal - seen > window)
+        if keep[-1]:
+            last_ordinal[event_hash] = ordinal
             ordinal += 1
-    return keep
+    return keep, ordinals
 
 
 def _count_within(users: Column) -> Column:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import msgspec
 import numpy as np
 
+from features.chunks import decode_chunks
 from features.keys import PREFIX, chunks_key, row_key
 from features.redis import PIPELINE_MAX, execute, mapped_errors
 from features.state import RECORD
@@ -222,7 +223,7 @@ class SessionStore:
         chunks = [("HGETALL", chunks_key(self.generation, user)) for user in user_ids]
         replies = self._pipelined([*rows, *chunks], "reading users' histories")
         return [
-            (row, np.frombuffer(b"".join(waiting.values()), RECORD))
+            (row, np.frombuffer(b"".join(decode_chunks(waiting).records.values()), RECORD))
             for row, waiting in zip(replies[: len(user_ids)], replies[len(user_ids) :], strict=True)
         ]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from itertools import tee
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 import msgspec
 import redis
@@ -27,11 +28,18 @@ from features.errors import (
     StoreUnavailableError,
     UnsafeStoreError,
 )
+from features.pipeline import replies_to
 from features.row import (
+    FORMATS,
     POSITION_FROM_END,
+    ROW_FORMAT,
+    RowFormat,
     RowWrite,
+    as_foreign,
     decode_newest,
     decode_row,
+    format_of,
+    known_format,
     newest_bytes,
 )
 from features.state import EMPTY_STATE, UserState, rebuild_window
@@ -135,11 +143,18 @@ def _script_digest() -> str:
 
 @dataclass(frozen=True)
 class StateStore:
-    """State of one generation in Redis."""
+    """State of one generation in Redis.
+
+    Attributes:
+        row_format: what rows are written in: see `as_recorded`.
+        formats: what rows can be read.
+    """
 
     client: redis.Redis
     generation: int
     config: StateConfig
+    row_format: RowFormat = FORMATS[ROW_FORMAT]
+    formats: Mapping[int, RowFormat] = field(default_factory=lambda: FORMATS)
 
     def ping(self) -> None:
         """Return once Redis answers.
@@ -181,6 +196,30 @@ class StateStore:
                 f"{self.config.to_json()!r}: use the recorded rules, or another generation."
             )
 
+    def as_recorded(self) -> Self:
+        """Return this store as one that writes the row format its generation's record names.
+
+        Workers of two builds may keep one generation: until all of them know a format, nobody
+        writes it. Who was started before the record changed goes on as before.
+
+        Raises:
+            UnknownRowFormatError: this build does not know it.
+        """
+        with mapped_errors("reading the generation's row format"):
+            number = execute(self.client, "GET", keys.row_format_key(self.generation))
+        row_format = known_format(int(number or ROW_FORMAT), self.formats)
+        return replace(self, row_format=row_format)
+
+    def record_row_format(self, number: int) -> None:
+        """Let writers of this generation that start from now on write rows in that format.
+
+        Raises:
+            UnknownRowFormatError: this build does not know it.
+        """
+        known_format(number, self.formats)
+        with mapped_errors("recording the generation's row format"):
+            execute(self.client, "SET", keys.row_format_key(self.generation), number)
+
     def load(self, user_ids: Sequence[int]) -> dict[int, UserState]:
         """Return each user's whole state, EMPTY_STATE for users Redis does not know.
 
@@ -191,14 +230,19 @@ class StateStore:
         rows = self._pipelined(
             [("GET", keys.row_key(self.generation, user)) for user in user_ids], "loading states"
         )
-        window = self.config.dedup_window
-        return {
-            user: EMPTY_STATE if row is None else rebuild_window(decode_row(row), window)
-            for user, row in zip(user_ids, rows, strict=True)
-        }
+        return {user: self._state_in(row) for user, row in zip(user_ids, rows, strict=True)}
 
-    def write_buckets(self, writes: Sequence[BucketWrite]) -> list[int]:
+    def _state_in(self, row: bytes | None) -> UserState:
+        if row is None:
+            return EMPTY_STATE
+        state = rebuild_window(decode_row(row, self.formats), self.config.dedup_window)
+        is_ours = format_of(row, self.formats).number == self.row_format.number
+        return state if is_ours else as_foreign(state)
+
+    def write_buckets(self, writes: Iterable[BucketWrite]) -> list[int]:
         """Write each bucket whole or not at all; return a reply for each.
+
+        Redis works on the first ones while `writes` still yields later ones.
 
         WRITTEN, or what differed from what the write was computed from: CHECKPOINT_DIFFERS when
         Redis is older or another worker wrote, a negative number for a user's row.
@@ -206,27 +250,37 @@ class StateStore:
         Raises:
             StoreError: Redis did not answer or is full; some buckets may be written.
         """
-        commands = [self._bucket_command(write) for write in writes]
+        writes, again = tee(writes)
         try:
-            return self._pipelined(commands, "writing states")
+            return self._write_streamed(writes)
         except _ScriptMissingError:
             with mapped_errors("loading the write script"):
                 execute(self.client, "SCRIPT LOAD", _script())
-            return self._pipelined(commands, "writing states")
+            return self._write_streamed(again)
+
+    def _write_streamed(self, writes: Iterable[BucketWrite]) -> list[int]:
+        doing = "writing states"
+        with mapped_errors(doing):
+            replies = replies_to(self.client, map(self._bucket_command, writes))
+        return _refuse_errors(replies, doing)
 
     def _bucket_command(self, write: BucketWrite) -> tuple[Any, ...]:
-        names = [keys.checkpoints_key(self.generation, write.bucket)]
         values: list[Any] = [
             b"%d:%d" % (write.source, write.partition),
             b"" if write.expected < 0 else b"%d" % write.expected,
             write.advance_to,
             POSITION_FROM_END,
         ]
-        for user, row in write.rows.items():
-            names.append(keys.row_key(self.generation, user))
-            names.append(keys.chunks_key(self.generation, user))
-            values += (row.expected, row.keep, row.data, len(row.chunks), *row.chunks)
-        return ("EVALSHA", _script_digest(), len(names), *names, *values)
+        for expected, keep, data, chunks in write.rows.values():
+            values += (expected, keep, data, len(chunks), *chunks)
+        return (
+            "EVALSHA",
+            _script_digest(),
+            1 + 2 * len(write.rows),
+            keys.checkpoints_key(self.generation, write.bucket),
+            *keys.user_keys(self.generation, write.bucket, write.rows),
+            *values,
+        )
 
     def read_checkpoints(self, source: int, partitions: Sequence[int]) -> dict[int, list[int]]:
         """Return for each partition the next offset of each bucket, -1 where there is none."""
@@ -256,7 +310,7 @@ class StateStore:
             CorruptRowError: stored bytes are not a row.
         """
         rows = self.read_rows(user_ids, newest=newest)
-        read = [None if row is None else decode_newest(row) for row in rows]
+        read = [None if row is None else decode_newest(row, self.formats) for row in rows]
         short = [
             i
             for i, found in enumerate(read)
@@ -266,7 +320,7 @@ class StateStore:
         if short:
             whole = self.read_rows([user_ids[i] for i in short])
             for i, row in zip(short, whole, strict=True):
-                states[i] = None if row is None else decode_row(row)
+                states[i] = None if row is None else decode_row(row, self.formats)
         return states
 
     def read_rows(
@@ -297,13 +351,18 @@ class StateStore:
                 _queue(pipeline, *command)
             with mapped_errors(doing):
                 replies += pipeline.execute(raise_on_error=False)
-        for reply in replies:
-            if isinstance(reply, NoScriptError):
-                raise _ScriptMissingError(str(reply))
-            if isinstance(reply, ResponseError):
-                with mapped_errors(doing):
-                    raise reply
-        return replies
+        return _refuse_errors(replies, doing)
+
+
+def _refuse_errors(replies: list[Any], doing: str) -> list[Any]:
+    """Return the replies if none of them is an error."""
+    for reply in replies:
+        if isinstance(reply, NoScriptError):
+            raise _ScriptMissingError(str(reply))
+        if isinstance(reply, ResponseError):
+            with mapped_errors(doing):
+                raise reply
+    return replies
 
 
 class _ScriptMissingError(StoreError):

@@ -150,6 +150,10 @@ class OutOfStepError(StreamError):
     retriable = True
 
 
+class ForgetError(StreamError):
+    """A user cannot be forgotten everywhere yet; the message says what is missing."""
+
+
 class HistoryGoneError(StreamError):
     """The events between the last sweep and now have left Redis: those sessions are not known."""
 

@@ -267,6 +267,13 @@ def partition_count(config: KafkaConfig, topic: str, *, timeout_s: float = DEADL
     return _partitions_of(_admin(config), config, topic, timeout_s)
 
 
+def topic_settings(
+    config: KafkaConfig, topics: Iterable[str], *, timeout_s: float = DEADLINE_S
+) -> dict[str, dict[str, str]]:
+    """Return the settings of each topic, by name; errors as for `watermarks`."""
+    return _settings(_admin(config), config, topics, timeout_s)
+
+
 def watermarks(
     config: KafkaConfig, topic: str, *, timeout_s: float = DEADLINE_S
 ) -> dict[int, tuple[int, int]]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from features.errors import GenerationError, StoreUnavailableError
 from features.generations import Built, Generations
+from streams.chunk_cap import WAITING_CHUNKS_DEFAULT, keep_to_cap
 from streams.control import read_pointers
 from streams.effects import Effects
 from streams.errors import OutOfStepError, StateContendedError
@@ -54,6 +55,7 @@ class ReplayRequest:
         rate: events per second at most.
         batch_max: records in a micro-batch.
         lake: folder of the lake, for what Kafka has no more.
+        waiting_chunks_max: chunks of a user that stay in Redis when the lake has older ones.
     """
 
     origin: str = "earliest"
@@ -63,6 +65,7 @@ class ReplayRequest:
     rate: float | None = None
     batch_max: int = BATCH_MAX
     lake: Path | None = None
+    waiting_chunks_max: int = WAITING_CHUNKS_DEFAULT
 
     def built(self, topic: str, starts: Mapping[int, int]) -> Built:
         """Return what is recorded of it."""
@@ -152,7 +155,15 @@ class Replay:
         events = self.request.event_log(self.kafka, self.topics.events)
         built = self._claim(events)
         ends = self.request.ends(events)
-        processor = Processor(self.store, self.store.config)
+        # Kept to here as well: a rebuild must not need more memory than what it rebuilds.
+        cap = keep_to_cap(
+            self.store,
+            self.request.lake,
+            events.topic,
+            self.metrics,
+            chunks_max=self.request.waiting_chunks_max,
+        )
+        processor = Processor(self.store.as_recorded(), self.store.config, chunk_cap=cap)
         effects = Effects(processor, self.catalogue, _NoDeadLetters(), self.metrics)
         run = _Run(self, events, effects, {int(p): at for p, at in built.starts.items()}, ends)
         return run.to_end(stop, shown=shown)
@@ -234,6 +245,8 @@ class _Run:
         self.report.num_applied += report.num_applied
         self.report.num_duplicates += report.num_duplicates
         self.report.dead_letters.update(letter.reason.value for letter in batch.dead_letters)
+        if self.effects.processor.chunk_cap is not None:
+            self.effects.processor.chunk_cap.drop()
         if time.monotonic() - self.kept_at > IDLE_INTERVAL_S:
             self.kept_at = time.monotonic()
             self.effects.processor.advance_idle({**self.positions, **batch.ends})

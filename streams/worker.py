@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from features.errors import StoreFullError, StoreUnavailableError
+from streams.chunk_cap import WAITING_CHUNKS_DEFAULT, keep_to_cap
 from streams.control import read_pointers
 from streams.dead_letters import DeadLetterProducer
 from streams.effects import Effects
@@ -28,7 +29,7 @@ from streams.kafka import (
 from streams.lake_fill import fill_from_lake
 from streams.metrics import WorkerMetrics
 from streams.micro_batch import Record
-from streams.processor import Processor
+from streams.processor import CACHE_BYTES_DEFAULT, Processor, StateCache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
@@ -72,6 +73,8 @@ class WorkerConfig:
         batch_wait_s: how long a micro-batch may wait to fill: the floor of freshness.
         session_timeout_ms: silence after which the group gives this worker's partitions away.
         lake: folder of the event log, for what Kafka no longer has; None does without.
+        waiting_chunks_max: chunks of a user that stay in Redis when the lake has older ones.
+        cache_bytes_max: states kept in memory, as the cache counts them.
     """
 
     instance: str | None = None
@@ -79,6 +82,8 @@ class WorkerConfig:
     batch_wait_s: float = 0.01
     session_timeout_ms: int = 10_000
     lake: Path | None = None
+    waiting_chunks_max: int = WAITING_CHUNKS_DEFAULT
+    cache_bytes_max: int = CACHE_BYTES_DEFAULT
 
 
 @dataclass
@@ -108,7 +113,7 @@ class Worker:
         run = _Run(
             self,
             Effects(
-                Processor(self.store, self.store.config),
+                self._processor(),
                 self.catalogue,
                 DeadLetterProducer(make_producer(self.kafka), self.topics),
                 self.metrics,
@@ -137,6 +142,18 @@ class Worker:
         finally:
             consumer.close()
             log.info("left group %s", group)
+
+    def _processor(self) -> Processor:
+        store, config = self.store.as_recorded(), self.config
+        cap = keep_to_cap(
+            store,
+            config.lake,
+            self.topics.events,
+            self.metrics,
+            chunks_max=config.waiting_chunks_max,
+        )
+        cache = StateCache(config.cache_bytes_max)
+        return Processor(store, store.config, cache=cache, chunk_cap=cap)
 
     def _restore_pointers(self) -> None:
         """Make Redis agree with the control topic: a restored Redis may hold older pointers."""
@@ -182,6 +199,8 @@ class _Run:
     def turn(self, consumer: Consumer) -> None:
         """Take what there is through every effect; while Redis is away, wait for it."""
         try:
+            # First: chunks that leave make room in a Redis that is full.
+            self._drop_chunks()
             self._place(consumer)
             self._apply()
             self._resume(consumer)
@@ -258,6 +277,10 @@ class _Run:
                 self.items.apply(messages)
             self.done[place] = _offset_of(messages[-1]) + 1
         self.pending = {}
+
+    def _drop_chunks(self) -> None:
+        if self.effects.processor.chunk_cap is not None:
+            self.effects.processor.chunk_cap.drop()
 
     def _refuse_fatal(self, error: KafkaError) -> None:
         if is_fatal(error):

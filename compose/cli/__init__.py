@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from compose.cli import answers, data, lake, models, nearline, operate, stack
+from compose.cli import answers, data, forget, lake, models, nearline, operate, skew, stack
 from compose.errors import ComposeError
 from features.errors import FeatureError
 from scoring.errors import ScoringError
@@ -38,6 +38,8 @@ models.register(app)
 answers.register(app)
 operate.register(app)
 nearline.register(app)
+forget.register(app)
+skew.register(app)
 
 
 @app.callback()
