@@ -4,10 +4,9 @@ Workload: a year of grocery shopping (complete_journey, all 1,469,307 lines of 2
 a lake of four partitions. A row is a household at the time of a basket, with what was known before.
 
 - whole: every row there is, all features (session, 64 recent and 448 mid-term events).
-- same: rows drawn by seed, with what an as-of join can do too: the newest event's item, time and
-  value, and how many events there were. Feast's file store (Dask) gets a table that says so for
-  every event; that such a table has to be made first does not count. Its join takes each row
-  together with all of its household's events, so the number of rows is bounded (FEAST_ROWS).
+- same: every row (ROWS_MEASURED draws as many, by seed), with what an as-of join can do too: the
+  newest event's item, time and value, and how many events there were. Feast's file store (Dask)
+  gets a table that says so for every basket; that it has to be made first does not count.
 - through_feast: the same rows from our offline store through Feast's API.
 
 Each runs in a process of its own; its peak memory is the kernel's (VmHWM), imports included, while
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
     Task = Callable[[], tuple[int, pa.Table | None]]
 
 LINES: Final = int(os.environ.get("LINES_MEASURED", "1469307"))
-FEAST_ROWS: Final = int(os.environ.get("FEAST_ROWS", "20000"))
+ROWS: Final = int(os.environ.get("ROWS_MEASURED", "1000000"))
 NUM_PARTITIONS: Final = 4
 _NOW_MS: Final = 1_763_700_000_000
 _SEED: Final = 1
@@ -96,15 +95,14 @@ def _events(rows: pa.Table, start: int, prefix: str) -> pa.Table:
     return pa.table([columns[name] for name in LAKE_SCHEMA.names], names=LAKE_SCHEMA.names)
 
 
-def write_frame(groceries: Groceries, path: Path) -> int:
-    """A seeded sample of (household, basket time) lies at the path; return how many there are."""
+def write_frame(groceries: Groceries, path: Path) -> None:
+    """The rows to make, in no order, lie at the path."""
     columns = ("household_id", "time_ms")
     user, time_ms = (groceries.table[name].to_numpy() for name in columns)
     labels = np.unique(np.stack((user, time_ms), axis=1), axis=0)
-    chosen = np.random.default_rng(_SEED).permutation(len(labels))[:FEAST_ROWS]
+    chosen = np.random.default_rng(_SEED).permutation(len(labels))[:ROWS]
     user_id, at_ms = labels[chosen].T
     pq.write_table(pa.table({"user_id": user_id, "time_ms": at_ms}), path)
-    return len(labels)
 
 
 def write_newest(groceries: Groceries, path: Path) -> None:
@@ -142,7 +140,7 @@ def whole(folder: Path) -> Task:
 
 
 def same(folder: Path) -> Task:
-    """Make the sample's rows with what an as-of join can do too."""
+    """Make the rows with what an as-of join can do too."""
     return lambda: _same(folder)
 
 
@@ -176,7 +174,7 @@ def _last(lists: pa.ChunkedArray) -> pa.Array:
 
 
 def through_feast(folder: Path) -> Task:
-    """Make the sample's rows from our offline store, through Feast's API."""
+    """Make the rows from our offline store, through Feast's API."""
     from features.definitions import apply, open_store  # noqa: PLC0415 - only this process pays
 
     store = open_store(redis_url="redis://127.0.0.1:1/0", registry=folder / "ours.db")
@@ -191,7 +189,7 @@ def through_feast(folder: Path) -> Task:
 
 
 def stock_feast(folder: Path) -> Task:
-    """Make the sample's rows with Feast's file store, from a table that has every answer."""
+    """Make the rows with Feast's file store, from a table that has every answer."""
     from feast import (  # noqa: PLC0415 - only this process pays
         Entity,
         FeatureStore,

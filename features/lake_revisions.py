@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -33,6 +34,7 @@ from features.lake import (
     file_name,
     list_partition,
     list_partitions,
+    log_topics,
     partition_folder,
     read_file,
     write_file,
@@ -59,11 +61,12 @@ KEPT_MS: Final = 2 * 86_400_000
 
 @dataclass(frozen=True)
 class Place:
-    """One partition's part of a lake."""
+    """One partition's part of a lake; `source` counts the topics of the log."""
 
     root: Path
     topic: str
     partition: int
+    source: int = 0
 
     @property
     def folder(self) -> Path:
@@ -93,8 +96,12 @@ class Found:
 
 
 def places(root: Path, topic: str) -> list[Place]:
-    """Return every partition of a topic's lake."""
-    return [Place(root, topic, partition) for partition in list_partitions(root, topic)]
+    """Return every partition of the log's topics, of which `topic` is the first."""
+    return [
+        Place(root, name, partition, source)
+        for source, name in enumerate(log_topics(root, topic))
+        for partition in list_partitions(root, name)
+    ]
 
 
 def rewrite(
@@ -184,7 +191,7 @@ def drop_user(
     user_id: int,
     *,
     now_ms: int,
-    before: Mapping[int, int] | None = None,
+    before: tuple[int, int] | None = None,
     reason: str = "forget",
 ) -> list[Manifest]:
     """No file that counts holds an event of the user; return the revisions made for it.
@@ -194,32 +201,46 @@ def drop_user(
 
     Args:
         root: the lake's folder.
-        topic: whose events.
+        topic: the log's first one; those that follow it are rewritten too.
         user_id: whose events.
         now_ms: kept in the manifests.
-        before: by partition, the first offset that stays; everything goes if left out.
+        before: source and offset of the user's first event that stays; all go if left out.
         reason: kept in the manifests; it names no user.
 
     Raises:
         LakeError: a hole, or a file cannot be read.
         LakeBusyError: another rewrite is under way.
     """
+    made = []
+    for place in places(root, topic):
+        stop = _stop_at(place, before)
+        plan = partial(_without_user, user_id=user_id, stop=stop)
+        manifest = rewrite(place, plan, reason=reason, now_ms=now_ms)
+        if manifest:
+            made.append(manifest)
+    return made
 
-    def plan(files: Sequence[LakeFile]) -> Iterator[Replacement]:
-        for file in files:
-            stop = file.end + 1 if before is None else before.get(file.partition, 0)
-            if file.start >= stop or not count_user(file.path, user_id):
-                continue
-            events = read_file(file)
-            goes = pc.and_(
-                pc.equal(events["user_id"], user_id),
-                pc.less(events["offset"], pa.scalar(stop, pa.int64())),
-            )
-            if pc.any(goes).as_py():
-                yield Replacement((file,), events.filter(pc.invert(goes)))
 
-    made = (rewrite(place, plan, reason=reason, now_ms=now_ms) for place in places(root, topic))
-    return [manifest for manifest in made if manifest]
+def _stop_at(place: Place, before: tuple[int, int] | None) -> int | None:
+    """Return the first offset of a partition that stays, None if all go."""
+    if before is None or place.source < before[0]:
+        return None
+    # The user lives in one partition of the source: the offset says nothing wrong of the others.
+    return before[1] if place.source == before[0] else 0
+
+
+def _without_user(
+    files: Sequence[LakeFile], *, user_id: int, stop: int | None
+) -> Iterator[Replacement]:
+    for file in files:
+        if (stop is not None and file.start >= stop) or not count_user(file.path, user_id):
+            continue
+        events = read_file(file)
+        goes = pc.equal(events["user_id"], user_id)
+        if stop is not None:
+            goes = pc.and_(goes, pc.less(events["offset"], pa.scalar(stop, pa.int64())))
+        if pc.any(goes).as_py():
+            yield Replacement((file,), events.filter(pc.invert(goes)))
 
 
 def find_user(root: Path, topic: str, user_id: int) -> list[Found]:

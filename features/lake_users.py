@@ -16,7 +16,14 @@ import numpy as np
 
 from features.errors import LakeError
 from features.keys import NUM_BUCKETS, buckets_of
-from features.lake import accept_columns, judged_columns, list_files, num_rows, read_file
+from features.lake import (
+    accept_columns,
+    judged_columns,
+    list_files,
+    log_topics,
+    num_rows,
+    read_file,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -58,7 +65,7 @@ def stream_users(
 
     Args:
         root: the lake's folder.
-        topic: whose events.
+        topic: the log's first one; those that follow it are read too.
         config: the generation's rules.
         users: ids of those wanted; all if left out.
         memory_bytes: of one part, working copies included.
@@ -68,7 +75,7 @@ def stream_users(
     Raises:
         LakeError: nothing there, a hole, or a file is missing, truncated or of another schema.
     """
-    files = list_files(root, topic)
+    files = [file for name in log_topics(root, topic) for file in list_files(root, name)]
     if not files:
         raise LakeError(f"no event log under {root / topic}: run `moveline lake` first.")
     num_parts = _num_parts(sum(num_rows(file) for file in files), memory_bytes)

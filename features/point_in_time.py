@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # Bytes of a label and event of its window while columns are made of them, copies included.
 _WINDOW_BYTES: Final = 120
-_USER_VIEWS: Final = ("user_session", "user_recent", "user_mid")
+_STEPPED_VIEWS: Final = ("user_session", "user_recent", "user_mid")
 _STREAM_COLUMNS: Final = {
     "item_id": "item_id_N",
     "event_time_ms": "event_time_ms_N",
@@ -60,12 +60,13 @@ class Entities:
 
 
 def feature_names(config: StateConfig) -> list[str]:
-    """Return every feature that `training_rows` computes, in the order of the schema."""
-    return list(_features(config))
+    """Return every feature that events give, in the order of the schema."""
+    stepped = (view for view in views(config) if view.name in _STEPPED_VIEWS)
+    return [feature.name for view in stepped for feature in view.features]
 
 
 def _features(config: StateConfig) -> dict[str, Feature]:
-    user_views = (view for view in views(config) if view.name in _USER_VIEWS)
+    user_views = (view for view in views(config) if view.entity == "user")
     return {feature.name: feature for view in user_views for feature in view.features}
 
 
@@ -88,10 +89,11 @@ def training_rows(
 
     Args:
         root: the lake's folder.
-        topic: whose events.
+        topic: the log's first one; those that follow it are read too.
         config: the generation's rules.
         entities: the labels; every (user, time) of the log if left out.
-        features: names from the schema; all of them if left out.
+        features: names from the schema; all that events give if left out. Those of a user that
+            events alone do not give, but a model, are null.
         memory_bytes: of what is held at a time, half of it for events and half for columns; see
             `features.lake_users.stream_users` for when it cannot be kept to.
         scratch: see there.
@@ -101,7 +103,8 @@ def training_rows(
         SchemaMismatchError: a feature that this build does not compute.
     """
     names = feature_names(config) if features is None else list(features)
-    unknown = sorted(set(names) - set(_features(config)))
+    kinds = _features(config)
+    unknown = sorted(set(names) - set(kinds))
     if unknown:
         raise SchemaMismatchError(
             f"no feature {unknown[0]!r} can be computed from the lake; those of the schema are "
@@ -117,13 +120,13 @@ def training_rows(
         if users is not None:
             seen |= np.isin(users, log.user_ids_U)
         rows, labels = _labels(log, entities)
-        cut = _Cut(log, config, names, SessionHistory(log, config))
+        cut = _Cut(log, config, {name: kinds[name] for name in names}, SessionHistory(log, config))
         size = _labels_at_once(labels, config, half)
         for start in range(0, len(labels), size):
             part = slice(start, start + size)
             yield cut.table(labels.select(part), None if rows is None else rows[part])
     if entities is not None and users is not None and not seen.all():
-        yield _unknown(entities, users[~seen], _features(config), names)
+        yield _unknown(entities, users[~seen], {name: kinds[name] for name in names})
 
 
 def _labels(log: History, entities: Entities | None) -> tuple[Int64s | None, LabelGroups]:
@@ -146,7 +149,7 @@ class _Cut:
 
     log: History
     config: StateConfig
-    names: Sequence[str]
+    features: Mapping[str, Feature]
     sessions: SessionHistory
 
     def table(self, labels: LabelGroups, rows: Int64s | None) -> pa.Table:
@@ -163,16 +166,15 @@ class _Cut:
             "label_item_id": self._targets(labels),
         }
         computed: dict[str, pa.Array] = {}
-        if any(name.startswith("session_") for name in self.names):
+        if any(name.startswith("session_") for name in self.features):
             computed |= self._session_columns(labels, window, known)
-        for name in self.names:
-            if name not in computed:
-                computed[name] = self._stream_column(name, window, known)
-        return pa.table(made | {name: computed[name] for name in self.names})
+        computed |= self._stream_columns(window, known)
+        nulls = _nulls(self.features, len(labels))
+        return pa.table(made | {name: computed.get(name, nulls[name]) for name in self.features})
 
     def _window(self, labels: LabelGroups) -> tuple[Int64s, Bools]:
         """Return the rows of the streams asked for, newest last; of both if mid-term is."""
-        with_mid = any(name.startswith("mid_") for name in self.names)
+        with_mid = any(name.startswith("mid_") for name in self.features)
         return known_rows(
             self.log, labels, self.config.recent + (self.config.mid if with_mid else 0)
         )
@@ -187,16 +189,20 @@ class _Cut:
         lane = np.arange(starts[-1]) - np.repeat(starts[:-1], labels.num_rows_G)
         return _lists(starts, self.log.item_id_N[first + lane])
 
-    def _stream_column(self, name: str, window: Int64s, known: Bools) -> pa.Array:
-        stream, column = name.split("_", 1)
+    def _stream_columns(self, window: Int64s, known: Bools) -> dict[str, pa.Array]:
+        """Return the columns asked for of both streams, a list a label."""
+        null = ~known[:, -1]
         recent = self.config.recent
-        part = slice(-recent, None) if stream == "recent" else slice(None, -recent)
-        values = getattr(self.log, _STREAM_COLUMNS[column])
-        return _lists(
-            np.concatenate(([0], np.cumsum(known[:, part].sum(axis=1)))),
-            values[window[:, part][known[:, part]]],
-            null=~known[:, -1],
-        )
+        columns = {}
+        for stream, part in (("recent", slice(-recent, None)), ("mid", slice(None, -recent))):
+            names = [name for name in self.features if name.startswith(f"{stream}_")]
+            if names:
+                rows = window[:, part][known[:, part]]
+                offsets = np.concatenate(([0], np.cumsum(known[:, part].sum(axis=1))))
+            for name in names:
+                values = getattr(self.log, _STREAM_COLUMNS[name.removeprefix(f"{stream}_")])
+                columns[name] = _lists(offsets, values[rows], null=null)
+        return columns
 
     def _session_columns(
         self, labels: LabelGroups, window: Int64s, known: Bools
@@ -258,9 +264,16 @@ def _lists(offsets: Int64s, values: np.ndarray[Any, Any], *, null: Bools | None 
     )
 
 
-def _unknown(
-    entities: Entities, users: Int64s, features: Mapping[str, Feature], names: Sequence[str]
-) -> pa.Table:
+def _nulls(features: Mapping[str, Feature], size: int) -> dict[str, pa.Array]:
+    """Return the columns of features nobody knows."""
+    kinds = {name: _ARROW[feature.dtype] for name, feature in features.items()}
+    return {
+        name: pa.nulls(size, pa.list_(kinds[name]) if feature.length else kinds[name])
+        for name, feature in features.items()
+    }
+
+
+def _unknown(entities: Entities, users: Int64s, features: Mapping[str, Feature]) -> pa.Table:
     """Return the rows of users of whom the lake has nothing."""
     rows = np.flatnonzero(np.isin(entities.user_id, users))
     made = {
@@ -271,7 +284,4 @@ def _unknown(
         "newest_event_time_ms": pa.nulls(rows.size, pa.int64()),
         "label_item_id": _lists(np.zeros(rows.size + 1, np.int64), np.zeros(0, np.int64)),
     }
-    for name in names:
-        kind = _ARROW[features[name].dtype]
-        made[name] = pa.nulls(rows.size, pa.list_(kind) if features[name].length else kind)
-    return pa.table(made)
+    return pa.table(made | _nulls(features, rows.size))

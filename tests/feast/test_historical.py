@@ -124,10 +124,19 @@ def test_every_user_feature_equals_the_oracle(store: FeatureStore) -> None:
 
 
 def test_a_service_and_full_names_and_arrow(store: FeatureStore) -> None:
-    service = store.get_feature_service("retrieval_gems")
+    names = {view.name for view in USER_VIEWS}
+    service = next(
+        service
+        for service in store.list_feature_services()
+        if {view.name for view in service.feature_view_projections} <= names
+    )
     table = store.get_historical_features(frame(), service, full_feature_names=True).to_arrow()
-    named = {f"{view.name}__{one.name}" for view in USER_VIEWS for one in view.features}
-    assert named <= set(table.column_names)
+    named = {
+        f"{view.name}__{one.name}"
+        for view in service.feature_view_projections
+        for one in view.features
+    }
+    assert set(table.column_names) == named | set(frame().columns)
     assert table.schema.field("user_recent__recent_item_id").type == pa.list_(pa.int64())
 
 

@@ -35,7 +35,7 @@ def users_logs(draw: st.DrawFn, *, max_size: int = 40) -> Logs:
     return {10 * (user + 1): events for user, events in enumerate(lists)}
 
 
-def write_logs(root: Path, logs: Logs, *, file_rows: int = FILE_ROWS) -> None:
+def write_logs(root: Path, logs: Logs, *, topic: str = TOPIC, file_rows: int = FILE_ROWS) -> None:
     """The logs lie in the lake: users in turn, each in a partition of its own kind, small files."""
     rows: dict[int, list[dict[str, Any]]] = {number: [] for number in range(NUM_PARTITIONS)}
     for turn in range(max(map(len, logs.values()), default=0)):
@@ -44,7 +44,7 @@ def write_logs(root: Path, logs: Logs, *, file_rows: int = FILE_ROWS) -> None:
                 log = rows[user // 10 % NUM_PARTITIONS]
                 log.append(_row(len(log), user, events[turn]))
     for partition, log in rows.items():
-        folder = partition_folder(root, TOPIC, partition)
+        folder = partition_folder(root, topic, partition)
         folder.mkdir(parents=True)
         for start in range(0, max(1, len(log)), file_rows):
             part = log[start : start + file_rows]

@@ -7,7 +7,8 @@ function that online readers use.
 
 from __future__ import annotations
 
-import tracemalloc
+import subprocess
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -19,15 +20,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from features import point_in_time
 from features.errors import LakeError, SchemaMismatchError
 from features.lake import list_files, read_accepted
 from features.lake_users import stream_users
 from features.point_in_time import Entities, feature_names, training_rows
+from features.schema import Feature, View, views
 from features.state import EMPTY_STATE, Accepted, Position, step
 from features.view import view_user
 from tests.features.strategies import SMALL
 from tests.lake.logs import accepted, known_at, oracle_features, users_logs, write_logs
 from tests.lake.writing import TOPIC
+from tests.small import REPOSITORY
 
 if TYPE_CHECKING:
     from tests.lake.logs import Logs
@@ -217,6 +221,22 @@ def test_scratch_goes_when_a_reader_stops_early(tmp_path: Path) -> None:
     assert not any(path.name.startswith("moveline-lake-") for path in tmp_path.iterdir())
 
 
+# A process of its own: only what the rows need is imported and traced there.
+PEAK = """
+import sys, tracemalloc
+from pathlib import Path
+from features.point_in_time import training_rows
+from tests.features.strategies import SMALL
+from tests.lake.writing import TOPIC
+def num_rows():
+    tables = training_rows(Path(sys.argv[1]), TOPIC, SMALL, memory_bytes=int(sys.argv[2]))
+    return sum(table.num_rows for table in tables)
+num_rows()  # what libraries import when they are first used is not counted
+tracemalloc.start()
+print(num_rows(), tracemalloc.get_traced_memory()[1])
+"""
+
+
 def test_memory_does_not_grow_with_the_lake(tmp_path: Path) -> None:
     """NumPy's allocations are traced. Files hold 1,000 events, so that parts count."""
     peaks = []
@@ -224,16 +244,27 @@ def test_memory_does_not_grow_with_the_lake(tmp_path: Path) -> None:
     for num_users in (100, 400):
         root = tmp_path / str(num_users)
         write_logs(root, busy_logs(num_users, 100), file_rows=1_000)
-        tracemalloc.start()
-        num_rows = sum(
-            table.num_rows for table in training_rows(root, TOPIC, SMALL, memory_bytes=memory_bytes)
-        )
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
+        command = [sys.executable, "-c", PEAK, str(root), str(memory_bytes)]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        num_rows, peak = map(int, done.stdout.split())
+        peaks.append(peak)
         assert num_rows == num_users * 100
     # Four times the events: 40,000 records alone would be 2 MB, their rows 40 MB.
     assert peaks[1] < 1.5 * peaks[0]
     assert peaks[1] < 4 * memory_bytes
+
+
+def test_a_log_that_goes_on_in_another_topic_is_read_on(tmp_path: Path) -> None:
+    logs = busy_logs(3, 20)
+    write_logs(tmp_path / "whole", logs)
+    write_logs(tmp_path, {user: events[:8] for user, events in logs.items()})
+    write_logs(tmp_path, {user: events[8:] for user, events in logs.items()}, topic=f"{TOPIC}-1")
+    split, whole = (
+        pa.concat_tables(training_rows(root, TOPIC, SMALL))
+        for root in (tmp_path, tmp_path / "whole")
+    )
+    assert split.num_rows == 60
+    assert split.to_pylist() == whole.to_pylist()
 
 
 def test_only_the_features_asked_for_are_made(tmp_path: Path) -> None:
@@ -254,6 +285,21 @@ def test_every_feature_of_the_users_views_is_made(tmp_path: Path) -> None:
     (nothing,) = training_rows(tmp_path, TOPIC, SMALL, entities=unknown)
     # A user of whom nothing is known has columns of the same types.
     assert nothing.drop_columns(["row"]).schema.types == table.schema.types
+
+
+def test_a_users_feature_that_no_event_gives_is_null(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A view that only a model could fill: no real schema has one that this build knows."""
+    foreseen = View(
+        "user_mood", "user", 0, "worker", (Feature("mood", "float32", "none", default=None),), ""
+    )
+    monkeypatch.setattr(point_in_time, "views", lambda config: (*views(config), foreseen))
+    write_logs(tmp_path, busy_logs(2, 3))
+    (table,) = training_rows(tmp_path, TOPIC, SMALL, features=["mood", "session_id"])
+    assert table["mood"].type == pa.float32()
+    assert table["mood"].null_count == table.num_rows == 6
+    assert "mood" not in feature_names(SMALL)
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])

@@ -26,6 +26,7 @@ from features.lake_revisions import (
     files_on_disk,
     find_user,
     manifests,
+    places,
     remove_old_revisions,
 )
 from tests.lake.writing import START_MS, TOPIC, append, event, rows_of
@@ -122,8 +123,20 @@ def test_a_user_is_gone_from_what_counts_and_then_from_the_disk(place: Place) ->
 
 def test_events_after_a_forget_count_again(place: Place) -> None:
     before = rows_of(place.files())
-    drop_user(place.root, TOPIC, 2, now_ms=NOW_MS, before={0: 30})
+    drop_user(place.root, TOPIC, 2, now_ms=NOW_MS, before=(0, 30))
     assert rows_of(place.files()) == [row for row in before if row[1] != 2 or row[0] >= 30]
+
+
+def test_a_log_that_goes_on_in_another_topic_is_one_log(place_in: Callable[[int], Place]) -> None:
+    """Of the source named, what is before the offset goes; of those before it, all."""
+    first = place_in(0)
+    later = [Place(first.root, f"{TOPIC}-{source}", 0, source) for source in (1, 2)]
+    for place in (first, *later):
+        append(place, [event(n, 7) for n in range(4)])
+    assert places(first.root, TOPIC) == [first, *later]
+    drop_user(first.root, TOPIC, 7, now_ms=NOW_MS, before=(1, 3))
+    assert [len(rows_of(place.files())) for place in (first, *later)] == [0, 1, 4]
+    assert sum(one.num_events for one in find_user(first.root, TOPIC, 7) if one.is_current) == 5
 
 
 def test_a_user_is_looked_for_in_every_partition(place_in: Callable[[int], Place]) -> None:
