@@ -97,7 +97,11 @@ def _source(settings: Settings) -> SkewSource:
     kafka, topics = options.kafka_of(settings)
     _, catalogue = options.stores_of(settings)
     return SkewSource(
-        kafka=kafka, topics=topics, lake=settings.lake.path, rules=catalogue.recorded_config
+        kafka=kafka,
+        feature_log=topics.feature_log,
+        events=[topics.events],
+        lake=settings.lake.path,
+        rules=catalogue.recorded_config,
     )
 
 
