@@ -152,7 +152,8 @@ def _distances(distances: dict[int, int]) -> str:
 
 
 def _feature_table(report: SkewReport) -> Table:
-    table = Table("feature", title="by feature", title_justify="left")
+    table = Table(title="by feature", title_justify="left")
+    table.add_column("feature", no_wrap=True)
     for name in ("values", "reads differing", "mismatch", "missing", "extra"):
         table.add_column(name, justify="right")
     for name, tally in report.by_feature.items():

@@ -74,6 +74,7 @@ class Served:
             on_delivered=lambda: self._count("delivered"),
             on_dropped=lambda: self._count("dropped"),
         )
+        producer.start()
         catalogue = CatalogueStore(self.store.client)
         catalogue.put_pointers(Pointers(None, self.store.generation))
         live = Live(self.store.client)

@@ -161,7 +161,7 @@ def open_producer(instance: str) -> FeatureLogProducer | None:
         os.environ.get("MOVELINE_KAFKA__PROPERTIES", "{}"), type=dict[str, str]
     )
     topics = Topics(os.environ.get("MOVELINE_KAFKA__PREFIX", DEFAULT_PREFIX))
-    return FeatureLogProducer(
+    producer = FeatureLogProducer(
         KafkaConfig(bootstrap, properties),
         topics.feature_log,
         on_delivered=counter("moveline_feature_log_records_total", "Answers logged.", instance),
@@ -169,6 +169,8 @@ def open_producer(instance: str) -> FeatureLogProducer | None:
             "moveline_feature_log_dropped_total", "Answers whose log was dropped.", instance
         ),
     )
+    producer.start()
+    return producer
 
 
 def counter(name: str, description: str, instance: str) -> Callable[[], None]:
