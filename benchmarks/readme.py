@@ -43,6 +43,13 @@ ROWS: Final = {
         ("bytes_per_user", "bytes of Redis per user that has events"),
         ("worker_mb", "resident memory of the worker (MB)"),
     ),
+    "parity": (
+        ("pairs", "reads taken while real events flowed, each at its own ordinal and clock"),
+        ("pairs_through_feast", "of those, through Feast's `get_online_features`"),
+        ("pairs_after_late_events", "reads of users with late events"),
+        ("values", "values compared with the lake"),
+        ("mismatches", "values that differed"),
+    ),
     "faults": (
         ("cases", "cases, each on at least 200,000 events"),
         ("equal", "cases that ended byte for byte equal to the oracle"),

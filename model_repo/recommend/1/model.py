@@ -157,9 +157,13 @@ def open_producer(instance: str) -> FeatureLogProducer | None:
     if not bootstrap or not logged_share():
         log.warning("no feature log: MOVELINE_KAFKA__BOOTSTRAP is not set, or the share is 0")
         return None
-    properties = msgspec.json.decode(
-        os.environ.get("MOVELINE_KAFKA__PROPERTIES", "{}"), type=dict[str, str]
-    )
+    text = os.environ.get("MOVELINE_KAFKA__PROPERTIES", "{}")
+    try:
+        properties = msgspec.json.decode(text, type=dict[str, str])
+    except msgspec.MsgspecError as error:
+        raise pb_utils.TritonModelException(
+            f"MOVELINE_KAFKA__PROPERTIES is not a JSON object of texts: {error}"
+        ) from error
     topics = Topics(os.environ.get("MOVELINE_KAFKA__PREFIX", DEFAULT_PREFIX))
     producer = FeatureLogProducer(
         KafkaConfig(bootstrap, properties),
