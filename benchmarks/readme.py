@@ -66,6 +66,13 @@ ROWS: Final = {
         ("stock_feast_100_ms", "Feast's own Redis store, the same features as arrays (ms)"),
         ("speedup_vs_feast_100", "times faster than Feast's own store"),
     ),
+    "parity": (
+        ("pairs", "reads taken while real events flowed, each at its own ordinal and clock"),
+        ("pairs_through_feast", "of those, through Feast's `get_online_features`"),
+        ("pairs_after_late_events", "reads of users with late events"),
+        ("values", "values compared with the lake"),
+        ("mismatches", "values that differed"),
+    ),
     "faults": (
         ("cases", "cases"),
         ("events_per_case", "records of each case"),

@@ -161,6 +161,9 @@ def _decode_newest(row_end: bytes) -> tuple[UserState, int]:
     append_time_ms, next_ordinal, num_chunks, num_late, num_records, num_departed = counts[:6]
     has_session, num_actions = counts[6:]
     tail_end = len(row_end) - TRAILER_BYTES - num_departed * DEPARTED_BYTES
+    if tail_end < 0 and num_records:
+        # What was read begins among the departed ids: no record is in it, all of them are missing.
+        row_end, tail_end = row_end[-TRAILER_BYTES:], 0
     if tail_end < 0 or (tail_end > num_records * RECORD_BYTES):
         raise CorruptRowError(
             f"row of {len(row_end)} bytes does not fit its {num_records} records "
