@@ -96,6 +96,8 @@ def _to_events(columns: Mapping[str, lake.Column], partition: int) -> list[Accep
 
 def _by_user(users: lake.Column, events: list[Accepted]) -> dict[int, list[Accepted]]:
     """Return the events of each user; both arguments are sorted by user."""
+    if not events:
+        return {}
     starts = np.flatnonzero(np.diff(users, prepend=-1)).tolist()
     return {
         user: events[start:end]
