@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import msgspec
 import numpy as np
 
-from features.state import EMPTY_POSITION, Accepted, UserSession, OpenSession
+from features.state import EMPTY_POSITION, Accepted, OpenSession, UserSession
 from streams.errors import HistoryGoneError
 
 if TYPE_CHECKING:
