@@ -72,6 +72,17 @@ def file_name(start: int, end: int) -> str:
     return f"{start:020d}-{end:020d}.parquet"
 
 
+def log_topics(root: Path, topic: str) -> list[str]:
+    """Return the log's topics that the lake has, oldest first: `topic`, `topic-1`, ...
+
+    A user's events in one of them come before those in the next: `moveline repartition` saw to it.
+    """
+    later = itertools.takewhile(
+        lambda name: (root / name).is_dir(), (f"{topic}-{number}" for number in itertools.count(1))
+    )
+    return [topic, *later]
+
+
 def list_files(root: Path, topic: str) -> list[LakeFile]:
     """Return the published files by partition and offset.
 
@@ -155,15 +166,20 @@ TRAINING_COLUMNS: Final = (
 def read_accepted(root: Path, topic: str, config: StateConfig) -> dict[str, Column]:
     """Return the accepted events of every user as columns, sorted by (user, arrival).
 
-    The same events as in the users' states: judged by the generation's rules, repeats within the
-    duplicate window dropped, numbered by `ordinal`.
+    `topic` is the log's first one; those that follow it are read too (`log_topics`). The same
+    events as in the users' states: judged by the generation's rules, repeats within the duplicate
+    window dropped, numbered by `ordinal`.
 
     Raises:
         LakeError: see `read_events`.
     """
-    parts = [judged_columns(table, config)[0] for _, table in read_events(root, topic)]
+    parts = [
+        judged_columns(table, config)[0]
+        for name in log_topics(root, topic)
+        for _, table in read_events(root, name)
+    ]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    # Stable: files come in log order, and a user lives in one partition.
+    # Stable: files come in log order, and a user lives in one partition of each topic.
     order = np.argsort(columns["user_id"], kind="stable")
     columns = {name: column[order] for name, column in columns.items()}
     keep = keep_first(columns["user_id"], columns["event_hash"], config.dedup_window)

@@ -262,14 +262,17 @@ def _time_of_last(tail: bytes) -> int:
 
 
 def _follows(last: Position, new: Position) -> bool:
-    if last.partition < 0:
+    if last.partition < 0 or new.source > last.source:
+        # A topic is retired before the next one takes events, so all before is applied.
         return True
-    if new.partition != last.partition or new.source != last.source:
+    if new.source < last.source:
+        return False
+    if new.partition != last.partition:
         raise PartitionMovedError(
             f"the user's last event was applied from partition {last.partition} "
-            f"(source {last.source}), this one comes from partition {new.partition} "
-            f"(source {new.source}): the topic's partition count changed. "
-            "Restore the count, or replay into a new generation."
+            f"(source {last.source}), this one comes from partition {new.partition}: the topic's "
+            "partition count changed, or a producer uses another partitioner. "
+            "See moveline repartition --help."
         )
     return new.offset > last.offset
 

@@ -1,4 +1,4 @@
-"""The event log from any offset to any other, as micro-batches: the lake first, then Kafka.
+"""A topic of the event log from any offset to any other, as micro-batches: lake first, then Kafka.
 
 Whoever reads with it only assigns: it joins no group and commits nothing, so that no live group
 can notice. A group name is given because librdkafka asks for one.
@@ -9,14 +9,20 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from features.keys import NUM_BUCKETS, bucket_of
 from features.lake import LakeFile, list_partition, read_file
-from streams.errors import BrokerUnavailableError, LogHoleError, LogTruncatedError
+from streams.errors import (
+    BrokerUnavailableError,
+    LogHoleError,
+    LogTruncatedError,
+    TopicMissingError,
+)
 from streams.kafka import (
     TopicPartition,
     as_stream_error,
+    end_offsets,
     is_end_of_partition,
     is_offset_gone,
     make_consumer,
@@ -25,6 +31,7 @@ from streams.kafka import (
 )
 from streams.lake_fill import lake_batches
 from streams.micro_batch import MicroBatch, sort_records
+from streams.placement import drop_misplaced
 from streams.worker import to_record
 
 if TYPE_CHECKING:
@@ -32,10 +39,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from features.config import StateConfig
+    from streams.chain import Chain
     from streams.kafka import Consumer, KafkaConfig, Message
     from streams.micro_batch import Record
+    from streams.topics import Topics
 
     Keep = Callable[[int], bool]
+
+_Of = TypeVar("_Of")
 
 log = logging.getLogger("moveline.replay")
 
@@ -54,12 +65,41 @@ class EventLog:
     Attributes:
         lake: folder of the lake, None where there is none.
         prefer_lake: take from the lake whatever it has; otherwise only what Kafka has no more.
+        source: which topic of the log's chain it is.
+        num_partitions: over which its keys are distributed: what lies elsewhere does not count.
+            None: all it has, whatever lies where.
+        ends: where it ended, by partition, if it is retired; it may be gone from Kafka then.
     """
 
     kafka: KafkaConfig
     topic: str
     lake: Path | None = None
     prefer_lake: bool = False
+    source: int = 0
+    num_partitions: int | None = None
+    ends: Mapping[int, int] | None = None
+
+    def end_offsets(self) -> dict[int, int]:
+        """Return the offset after the last event by partition, as of now."""
+        if self.ends is not None:
+            return dict(self.ends)
+        return self._counted(end_offsets(self.kafka, self.topic))
+
+    def bounds(self) -> dict[int, tuple[int, int]]:
+        """Return each partition's oldest offset in Kafka and the one after its last event."""
+        try:
+            bounds = self._counted(watermarks(self.kafka, self.topic))
+        except TopicMissingError:
+            if self.ends is None:
+                raise
+            return {partition: (end, end) for partition, end in self.ends.items()}
+        if self.ends is None:
+            return bounds
+        return {p: (min(low, self.ends[p]), self.ends[p]) for p, (low, _) in bounds.items()}
+
+    def _counted(self, of_partition: Mapping[int, _Of]) -> dict[int, _Of]:
+        num = self.num_partitions
+        return {p: of for p, of in of_partition.items() if num is None or p < num}
 
     def batches(
         self,
@@ -89,19 +129,23 @@ class EventLog:
             for batch in self._from_lake(positions, ends, config):
                 if keep is not None:
                     batch.by_user = {u: e for u, e in batch.by_user.items() if keep(u)}
-                yield batch
+                yield self._placed(batch)
                 positions.update(batch.ends)
             # Ends early when retention overtakes it: then the lake has what Kafka dropped.
             yield from self._from_kafka(positions, ends, config, keep=keep, batch_max=batch_max)
 
     def starts_at(self, time_ms: int) -> dict[int, int]:
         """Return each partition's first offset appended at or after `time_ms`, lake included."""
-        bounds = watermarks(self.kafka, self.topic)
-        found = offsets_for_time(self.kafka, self.topic, time_ms)
+        bounds = self.bounds()
+        try:
+            found = offsets_for_time(self.kafka, self.topic, time_ms)
+        except TopicMissingError:
+            # Retired and deleted (`bounds` has seen to that): only the lake can tell.
+            found = {}
         return {
-            partition: self._lake_start(partition, time_ms, low) if found[partition] <= low else at
-            for partition, (low, _) in bounds.items()
-            for at in [found[partition]]
+            partition: self._lake_start(partition, time_ms, low) if at <= low else min(at, high)
+            for partition, (low, high) in bounds.items()
+            for at in [found.get(partition, low)]
         }
 
     def _lake_start(self, partition: int, time_ms: int, low: int) -> int:
@@ -121,7 +165,7 @@ class EventLog:
     def _from_lake(
         self, positions: dict[int, int], ends: Mapping[int, int], config: StateConfig
     ) -> Iterator[MicroBatch]:
-        bounds = watermarks(self.kafka, self.topic)
+        bounds = self.bounds()
         for partition, start in sorted(positions.items()):
             low, high = bounds[partition]
             if ends[partition] > high:
@@ -132,7 +176,8 @@ class EventLog:
             if start < min(low, ends[partition]) and covered < min(low, ends[partition]):
                 raise LogHoleError(self.topic, partition, lake_end=covered, low=low)
             stop = covered if self.prefer_lake else low
-            yield from lake_batches(files, start, min(stop, ends[partition]), config)
+            stop_here = min(stop, ends[partition])
+            yield from lake_batches(files, start, stop_here, config, self.source)
             positions[partition] = max(start, min(stop, covered, ends[partition]))
 
     def _files(self, partition: int, high: int) -> list[LakeFile]:
@@ -168,7 +213,7 @@ class EventLog:
                     raise self._stalled(positions, ends)
                 records, moved, is_gone = self._sorted_out(messages, positions, ends)
                 if moved:
-                    yield _to_batch(records, moved, config, keep)
+                    yield self._placed(self._to_batch(records, moved, config, keep))
                     positions.update(moved)
                 if is_gone:
                     return
@@ -206,6 +251,24 @@ class EventLog:
                 moved[partition] = min(offset, ends[partition])
         return records, moved, is_gone
 
+    def _to_batch(
+        self,
+        records: list[Record],
+        moved: dict[int, int],
+        config: StateConfig,
+        keep: Keep | None,
+    ) -> MicroBatch:
+        mine = records if keep is None else [r for r in records if _is_kept(r.key, keep)]
+        batch = sort_records(mine, config, self.source)
+        batch.num_records = len(records)
+        batch.ends = moved
+        return batch
+
+    def _placed(self, batch: MicroBatch) -> MicroBatch:
+        if self.num_partitions is not None:
+            drop_misplaced(batch, self.num_partitions)
+        return batch
+
     def _stalled(
         self, positions: Mapping[int, int], ends: Mapping[int, int]
     ) -> BrokerUnavailableError:
@@ -214,6 +277,29 @@ class EventLog:
             f"{self.topic!r} has {num_missing(positions, ends)} offsets more. What was read is "
             "applied; look at the broker, then repeat the command, which goes on from there."
         )
+
+
+def logs_of(
+    kafka: KafkaConfig,
+    topics: Topics,
+    chain: Chain,
+    *,
+    lake: Path | None = None,
+    prefer_lake: bool = False,
+) -> list[EventLog]:
+    """Return the topics of a log in the order in which a user's events lie in them."""
+    return [
+        EventLog(
+            kafka=kafka,
+            topic=topics.at(number).events,
+            lake=lake,
+            prefer_lake=prefer_lake,
+            source=number,
+            num_partitions=source.num_partitions,
+            ends=None if source.ends is None else source.end_offsets,
+        )
+        for number, source in enumerate(chain.sources)
+    ]
 
 
 def num_missing(positions: Mapping[int, int], ends: Mapping[int, int]) -> int:
@@ -225,16 +311,6 @@ def some_buckets(share: float) -> Keep:
     """Return what keeps about this share of all users, whole buckets, the same ones every time."""
     num_buckets = max(1, min(NUM_BUCKETS, round(share * NUM_BUCKETS)))
     return lambda user: bucket_of(user) < num_buckets
-
-
-def _to_batch(
-    records: list[Record], moved: dict[int, int], config: StateConfig, keep: Keep | None
-) -> MicroBatch:
-    mine = records if keep is None else [r for r in records if _is_kept(r.key, keep)]
-    batch = sort_records(mine, config)
-    batch.num_records = len(records)
-    batch.ends = moved
-    return batch
 
 
 def _is_kept(key: bytes | None, keep: Keep) -> bool:

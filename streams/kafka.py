@@ -77,6 +77,7 @@ __all__ = [
     "make_producer",
     "offsets_for_time",
     "partition_count",
+    "topic_width",
     "watermarks",
 ]
 
@@ -111,6 +112,8 @@ _SETTLING: Final = frozenset(
     }
 )
 _SETTLING_RETRY_S: Final = 0.05
+# Asked again a few seconds later; a worker that waits applies nothing meanwhile.
+_WIDTH_TIMEOUT_S: Final = 1.0
 _NO_GROUP: Final = KafkaError.GROUP_ID_NOT_FOUND
 
 
@@ -265,6 +268,19 @@ def partition_count(config: KafkaConfig, topic: str, *, timeout_s: float = DEADL
         BrokerUnavailableError: no broker answered in time.
     """
     return _partitions_of(_admin(config), config, topic, timeout_s)
+
+
+def topic_width(consumer: Consumer, topic: str) -> int | None:
+    """Return how many partitions a topic that exists has now; None: the broker did not say.
+
+    One request on the consumer's own connection, so that a worker can ask every few seconds.
+    """
+    try:
+        found = consumer.list_topics(topic, timeout=_WIDTH_TIMEOUT_S).topics[topic]
+    except KafkaException as error:
+        _LOG.warning("partitions of %s not known: %s", topic, error.args[0].str())
+        return None
+    return None if found.error is not None else len(found.partitions)
 
 
 def watermarks(

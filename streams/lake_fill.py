@@ -38,13 +38,14 @@ def fill_from_lake(
     held = files[-1].end + 1 if files and files[0].start <= start else start
     if held < low:
         raise LogHoleError(topic, partition, lake_end=held, low=low)
-    for batch in lake_batches(files, start, low, effects.processor.config):
+    processor = effects.processor
+    for batch in lake_batches(files, start, low, processor.config, processor.source):
         effects.apply_batch(batch)
     return low
 
 
 def lake_batches(
-    files: list[lake.LakeFile], start: int, stop: int, config: StateConfig
+    files: list[lake.LakeFile], start: int, stop: int, config: StateConfig, source: int = 0
 ) -> Iterator[MicroBatch]:
     """Yield the accepted events of offsets [start, stop) of one partition, in order.
 
@@ -59,7 +60,7 @@ def lake_batches(
         first, last = np.searchsorted(offsets, [start, stop])
         for at in range(first, last, BATCH_ROWS):
             rows = table.slice(at, min(BATCH_ROWS, last - at))
-            batch = _to_batch(rows, file.partition, config)
+            batch = _to_batch(rows, (source, file.partition), config)
             is_end = at + BATCH_ROWS >= last
             # A file also covers offsets that held no event.
             batch.ends = {file.partition: min(stop, file.end + 1) if is_end else _next(rows)}
@@ -70,7 +71,7 @@ def _next(rows: pa.Table) -> int:
     return int(rows["offset"][-1].as_py()) + 1
 
 
-def _to_batch(rows: pa.Table, partition: int, config: StateConfig) -> MicroBatch:
+def _to_batch(rows: pa.Table, place: tuple[int, int], config: StateConfig) -> MicroBatch:
     batch = MicroBatch(num_records=rows.num_rows)
     columns, keep = lake.judged_columns(rows, config)
     batch.num_outside = int(rows.num_rows - keep.sum())
@@ -79,7 +80,7 @@ def _to_batch(rows: pa.Table, partition: int, config: StateConfig) -> MicroBatch
     texts = [text for text in rows["domain"].to_pylist() if text is not None]
     batch.domains = {domain_hash(text): text for text in set(texts)}
     for row in zip(*(columns[name].tolist() for name in _FIELDS), strict=True):
-        event = _to_event(row, partition)
+        event = _to_event(row, place)
         batch.by_user.setdefault(row[0], []).append(event)
     return batch
 
@@ -98,6 +99,6 @@ _FIELDS: Final = (
 )
 
 
-def _to_event(row: tuple[Any, ...], partition: int) -> Accepted:
+def _to_event(row: tuple[Any, ...], place: tuple[int, int]) -> Accepted:
     _, offset, *rest = row
-    return Accepted(Position(0, partition, offset), *rest)
+    return Accepted(Position(*place, offset), *rest)

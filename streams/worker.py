@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from features.errors import StoreFullError, StoreUnavailableError
+from features.state import PartitionMovedError
+from streams.chain import claimed_chain, known_chain, refuse_other_count
 from streams.control import read_pointers
 from streams.dead_letters import DeadLetterProducer
 from streams.effects import Effects
-from streams.errors import OutOfStepError, StateContendedError, WorkerStuckError
+from streams.errors import (
+    MisplacedEventError,
+    OutOfStepError,
+    StateContendedError,
+    WorkerStuckError,
+)
 from streams.items import ItemsReader
 from streams.kafka import (
     KafkaConfig,
@@ -24,6 +31,7 @@ from streams.kafka import (
     is_fatal,
     make_consumer,
     make_producer,
+    topic_width,
 )
 from streams.lake_fill import fill_from_lake
 from streams.metrics import WorkerMetrics
@@ -36,7 +44,9 @@ if TYPE_CHECKING:
     from threading import Event as StopEvent
 
     from features.redis import CatalogueStore, StateStore
+    from streams.chain import Chain
     from streams.kafka import Consumer, KafkaError, Message
+    from streams.retired import CatchUp
     from streams.topics import Topics
 
 log = logging.getLogger("moveline.worker")
@@ -48,6 +58,8 @@ COMMIT_INTERVAL_S: Final = 0.5
 # How far behind an idle bucket's checkpoint may be: what a restart reads again, at most.
 IDLE_INTERVAL_S: Final = 5.0
 LAG_INTERVAL_S: Final = 2.0
+# How soon a worker that has met the end of its topic goes over to the next one.
+CHAIN_INTERVAL_S: Final = 1.0
 # Two workers that both believe they own a partition refuse each other's writes. A rebalance ends
 # that within the session time-out; past this many refusals in a row nobody is moving.
 OUT_OF_STEP_MAX: Final = 50
@@ -58,8 +70,12 @@ Place = tuple[str, int]
 
 
 def group_of(topics: Topics, generation: int) -> str:
-    """Return the consumer group that keeps a generation of an installation up to date."""
-    return f"{topics.prefix}-g{generation}"
+    """Return the consumer group that keeps a generation up to date from the topic of the log.
+
+    One a topic: a static member that comes back with another subscription is given the partitions
+    it had, of the topic that has ended.
+    """
+    return f"{topics.prefix}-g{generation}" + (f"-{topics.source}" if topics.source else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,16 +121,30 @@ class Worker:
         self.store.refuse_eviction()
         self.store.claim_generation()
         self._restore_pointers()
+        while True:
+            chain = claimed_chain(self.kafka, self.topics)
+            here = replace(self, topics=self.topics.at(chain.current))
+            if not here.consume(chain, stop):
+                return
+
+    def consume(self, chain: Chain, stop: StopEvent) -> bool:
+        """Consume one topic of the log; return whether it goes on in another. See `run`."""
+        from streams.retired import CatchUp  # noqa: PLC0415 - it reads as a worker does
+
+        processor = Processor(
+            self.store,
+            self.store.config,
+            source=chain.current,
+            num_partitions=chain.newest.num_partitions,
+        )
+        letters = DeadLetterProducer(make_producer(self.kafka), self.topics)
+        group = group_of(self.topics, self.store.generation)
         run = _Run(
             self,
-            Effects(
-                Processor(self.store, self.store.config),
-                self.catalogue,
-                DeadLetterProducer(make_producer(self.kafka), self.topics),
-                self.metrics,
-            ),
+            Effects(processor, self.catalogue, letters, self.metrics),
+            chain=chain,
+            catch_up=CatchUp(self, chain) if chain.retired else None,
         )
-        group = group_of(self.topics, self.store.generation)
         consumer = make_consumer(
             self.kafka,
             group=group,
@@ -129,7 +159,7 @@ class Worker:
         )
         log.info("consuming %s as group %s", topics, group)
         try:
-            while not stop.is_set():
+            while not stop.is_set() and not run.is_over:
                 run.turn(consumer)
             run.finish(consumer)
         except KafkaException as error:
@@ -137,6 +167,7 @@ class Worker:
         finally:
             consumer.close()
             log.info("left group %s", group)
+        return run.is_over
 
     def _restore_pointers(self) -> None:
         """Make Redis agree with the control topic: a restored Redis may hold older pointers."""
@@ -156,21 +187,30 @@ class _Run:
         done: the offset after the last applied record of each placed partition, of no other.
         told: what Kafka was told of `done`.
         items: what applies the items topic.
+        chain: the log's topics, the newest of which is read; None leaves that unchecked.
+        catch_up: what the topics before it may still owe.
+        sealed: partitions of events that have ended.
+        is_over: the log goes on in another topic.
     """
 
     worker: Worker
     effects: Effects
+    chain: Chain | None = None
+    catch_up: CatchUp | None = None
     owned: set[Place] = field(default_factory=set)
     unplaced: set[Place] = field(default_factory=set)
     pending: dict[Place, list[Message]] = field(default_factory=dict)
     done: dict[Place, int] = field(default_factory=dict)
     told: dict[Place, int] = field(default_factory=dict)
     items: ItemsReader = field(init=False)
+    sealed: set[Place] = field(default_factory=set)
+    is_over: bool = False
     is_paused: bool = False
     num_out_of_step: int = 0
     committed_at: float = field(init=False)
     idle_at: float = field(init=False)
     lag_at: float = float("-inf")
+    chain_at: float = field(init=False)
     progress_at: float = field(init=False)
     last_total: int = -1
 
@@ -178,6 +218,7 @@ class _Run:
         """Nothing is due yet."""
         self.items = ItemsReader(self.worker.catalogue, self.worker.metrics)
         self.committed_at = self.idle_at = self.progress_at = self.worker.clock()
+        self.chain_at = self.worker.clock()
 
     def turn(self, consumer: Consumer) -> None:
         """Take what there is through every effect; while Redis is away, wait for it."""
@@ -185,7 +226,7 @@ class _Run:
             self._place(consumer)
             self._apply()
             self._resume(consumer)
-            self._keep_checkpoints()
+            self._keep_checkpoints(consumer)
         except (StoreUnavailableError, StoreFullError) as error:
             self._pause(consumer, error)
             # Polling keeps the membership. A record that comes all the same is kept.
@@ -201,6 +242,8 @@ class _Run:
             self._commit(consumer)
         if self.worker.clock() - self.lag_at > LAG_INTERVAL_S:
             self._measure_lag(consumer)
+        if self.chain is not None and (self.sealed or not self.owned):
+            self._look_for_successor(self.chain)
 
     def finish(self, consumer: Consumer) -> None:
         """Leave checkpoints and offsets where the next worker can go on without reading again."""
@@ -222,7 +265,7 @@ class _Run:
                 self._refuse_fatal(error)
                 continue
             place = _place_of(message)
-            if place in self.done:
+            if place in self.done and place not in self.sealed:
                 self.pending.setdefault(place, []).append(message)
         jumped = [place for place in self.pending if self._has_jumped(consumer, place)]
         if jumped:
@@ -251,13 +294,43 @@ class _Run:
             for message in messages
         ]
         if records:
-            self.effects.apply(records)
+            try:
+                self.effects.apply(records)
+            except PartitionMovedError as error:
+                raise self._misplaced(error) from error
             self.num_out_of_step = 0
         for place, messages in self.pending.items():
             if place[0] != events:
                 self.items.apply(messages)
             self.done[place] = _offset_of(messages[-1]) + 1
         self.pending = {}
+        for partition, offset in self.effects.seals.items():
+            # Where the partition goes on for ever: whoever reads it again meets the seal first.
+            place = events, partition
+            if place in self.done and place not in self.sealed:
+                log.info("%s[%d] has ended at offset %d", events, partition, offset)
+                self.done[place] = offset
+                self.sealed.add(place)
+
+    def _misplaced(self, error: PartitionMovedError) -> Exception:
+        """Return what is to be said; raises PartitionsChangedError if that is the cause."""
+        topics = self.worker.topics
+        if self.chain is not None:
+            refuse_other_count(self.worker.kafka, topics, self.chain)
+        return MisplacedEventError(
+            f"An event of {topics.events} lies where its key does not belong: {error}. Stop the "
+            "producer that uses another partitioner than murmur2, then move what it has sent: "
+            "moveline repartition --partitions N, with another N than now."
+        )
+
+    def _look_for_successor(self, chain: Chain) -> None:
+        """Find out whether the log has gone on in another topic."""
+        if self.worker.clock() - self.chain_at < CHAIN_INTERVAL_S:
+            return
+        self.chain_at = self.worker.clock()
+        if known_chain(self.worker.kafka, self.worker.topics).current > chain.current:
+            log.info("the log goes on in another topic")
+            self.is_over = True
 
     def _refuse_fatal(self, error: KafkaError) -> None:
         if is_fatal(error):
@@ -268,19 +341,33 @@ class _Run:
         """Find out where Redis stands and read every unplaced partition from there."""
         if not self.unplaced:
             return
+        topics = self.worker.topics
+        owned, _ = self._partitions(self.owned)
+        if self.catch_up is not None and not self.catch_up.step(owned):
+            return
+        self._check_count(consumer)
         # Redis may be an older one: what it is read from again is written again.
         self.effects.forget()
-        topics = self.worker.topics
         events, items = self._partitions(self.unplaced)
         starts = {
             **{(topics.events, p): at for p, at in self.effects.processor.assign(events).items()},
             **{(topics.items, p): at for p, at in self.items.assign(items).items()},
         }
+        if self.catch_up is not None and not self.catch_up.confirm(self.effects.processor, events):
+            return
         self._learn_committed(consumer, starts)
         self.done |= {place: self._seek(consumer, place, at) for place, at in starts.items()}
         consumer.resume([TopicPartition(*place) for place in self.unplaced])
         self.unplaced = set()
         self.progress_at = self.worker.clock()
+
+    def _check_count(self, consumer: Consumer) -> None:
+        """Raise if somebody has given the topic other partitions."""
+        if self.chain is not None:
+            topics = self.worker.topics
+            found = topic_width(consumer, topics.events)
+            if found is not None:
+                refuse_other_count(self.worker.kafka, topics, self.chain, found=found)
 
     def _learn_committed(self, consumer: Consumer, starts: dict[Place, int]) -> None:
         """Read again what Kafka was not told of; dead letters before that are known to be safe."""
@@ -319,10 +406,19 @@ class _Run:
     def _unplace(self, consumer: Consumer, places: Iterable[Place]) -> None:
         gone = set(places)
         self.unplaced |= gone
+        if self.catch_up is not None:
+            self.catch_up.reset()
         for place in gone:
             self.done.pop(place, None)
             self.pending.pop(place, None)
+        self._reopen(gone)
         consumer.pause([TopicPartition(*place) for place in gone])
+
+    def _reopen(self, places: Iterable[Place]) -> None:
+        """Forget where partitions ended: read again, they end there again."""
+        for place in self.sealed.intersection(places):
+            self.sealed.discard(place)
+            self.effects.seals.pop(place[1], None)
 
     def _pause(self, consumer: Consumer, error: Exception) -> None:
         if not self.is_paused:
@@ -339,9 +435,10 @@ class _Run:
             self.progress_at = self.worker.clock()
             log.info("resumed")
 
-    def _keep_checkpoints(self) -> None:
+    def _keep_checkpoints(self, consumer: Consumer) -> None:
         if self.worker.clock() - self.idle_at > IDLE_INTERVAL_S:
             self.idle_at = self.worker.clock()
+            self._check_count(consumer)
             self.effects.processor.advance_idle(self._event_ends())
             self.items.check(self._partitions(self.done)[1])
             self.num_out_of_step = 0
@@ -382,7 +479,8 @@ class _Run:
         for partition, end in self._event_ends().items():
             at = TopicPartition(self.worker.topics.events, partition)
             _, high = consumer.get_watermark_offsets(at, cached=True)
-            lag = max(0, high - end)
+            is_ended = (at.topic, partition) in self.sealed
+            lag = 0 if is_ended else max(0, high - end)
             behind += lag
             self.worker.metrics.lag.labels(str(partition)).set(lag)
         self._refuse_standstill(behind)
@@ -429,6 +527,7 @@ class _Run:
             self.done.pop(place, None)
             self.told.pop(place, None)
             self.pending.pop(place, None)
+        self._reopen(gone)
         events = [p for topic, p in gone if topic == self.worker.topics.events]
         self.effects.processor.revoke(events)
 

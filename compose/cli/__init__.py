@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from compose.cli import answers, data, models, nearline, operate, stack
+from compose.cli import answers, data, models, nearline, operate, repartition, stack
 from compose.errors import ComposeError
 from features.errors import FeatureError
 from scoring.errors import ScoringError
@@ -36,6 +36,7 @@ data.register(app)
 models.register(app)
 answers.register(app)
 operate.register(app)
+repartition.register(app)
 nearline.register(app)
 
 

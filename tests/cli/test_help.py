@@ -50,7 +50,7 @@ def test_the_commands_are_those_promised() -> None:
     promised = {
         "up", "down", "status", "produce", "worker", "lake", "features", "train", "evaluate",
         "publish", "recommend", "demo", "items", "topics", "dlq", "replay", "generations",
-        "audit", "promote", "demote", "drop", "nearline",
+        "audit", "promote", "demote", "drop", "nearline", "repartition",
     }  # fmt: skip
     assert {words[0] for words in COMMANDS if len(words) == 1} == promised
     assert ("items", "load") in COMMANDS

@@ -1,0 +1,226 @@
+"""The log goes on in another topic: states stay those of the oracle, whoever reads and whenever.
+
+Real broker and Redis; duplicates, late events, impressions and garbage lie on both sides.
+"""
+
+from __future__ import annotations
+
+from threading import Event
+from typing import TYPE_CHECKING
+
+import pytest
+
+from features.lake import list_files, log_topics, read_accepted
+from streams.audit import audit
+from streams.chain import known_chain, recorded_chain, write_chain
+from streams.compare import compare_generations
+from streams.errors import RepartitionError, RepartitionUnfinishedError
+from streams.kafka import end_offsets, make_producer, partition_count
+from streams.lake_chain import LogSink
+from streams.repartition import num_late
+from streams.replay import ReplayRequest
+from tests.conftest import SMALL
+from tests.waiting import until
+from tests.worker.running import running
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.repartition.conftest import Log
+
+
+@pytest.mark.parametrize("num_partitions", [5, 2])
+def test_workers_go_over_and_states_are_exact(log: Log, num_partitions: int) -> None:
+    """Two workers run throughout; more partitions than before, and fewer."""
+    log.produce(8_000, source=0)
+    with (
+        running(log.kafka, log.topics, log.live) as first,
+        running(log.kafka, log.topics, log.live) as second,
+    ):
+        first.wait("events_total", 1)
+        report = log.repartition(num_partitions)
+        log.produce(8_000, source=1)
+        log.wait(first, second)
+        log.produce(5_000, source=1)
+        log.wait(first, second)
+    assert report.new == log.topics.at(1).events
+    assert partition_count(log.kafka, report.new) == num_partitions
+    log.assert_exact()
+    log.assert_nothing_lost()
+
+
+def test_a_worker_that_starts_afterwards_completes_the_old_topic_first(log: Log) -> None:
+    log.produce(4_000, source=0)
+    log.repartition(4)
+    log.produce(4_000, source=1)
+    with running(log.kafka, log.topics, log.live, batch_max=300) as worker:
+        log.wait(worker)
+        garbage = sum(one.event is None for one in log.sent)
+        reasons = ("malformed", "wrong_type", "unknown_action")
+        sent = sum(worker.counted("dead_letters_total", reason=reason) for reason in reasons)
+    assert sent == garbage
+    log.assert_exact()
+
+
+def test_replays_and_lake_and_audit_read_all_topics(log: Log, tmp_path: Path) -> None:
+    log.produce(4_000, source=0)
+    with running(log.kafka, log.topics, log.live) as worker:
+        log.wait(worker)
+        LogSink(log.kafka, log.topics, tmp_path).run(Event(), until_end=True)
+        log.repartition(4)
+        log.produce(3_000, source=1)
+        log.repartition(2)
+        log.produce(3_000, source=2)
+        log.wait(worker)
+    LogSink(log.kafka, log.topics, tmp_path).run(Event(), until_end=True)
+    assert log_topics(tmp_path, log.topics.events) == [log.topics.at(n).events for n in range(3)]
+    earliest, report = log.replay()
+    from_lake, _ = log.replay(ReplayRequest(origin="lake", lake=tmp_path))
+    assert report.num_missing == 0
+    log.assert_exact(log.live, earliest, from_lake)
+    logs = log.here.logs(lake=tmp_path)
+    found = audit(logs, log.live, None, num_users=100_000)
+    assert (found.num_wrong, found.num_users > 200) == (0, True)
+    partitions = {one.source: one.end_offsets() for one in logs}
+    result = compare_generations(log.live, from_lake, lambda _: True, partitions)
+    assert result.is_equal
+    assert result.num_equal == found.num_users
+    columns = read_accepted(tmp_path, log.topics.events, SMALL)
+    rows = sum(len(events) for events in log.accepted().values())
+    assert 0 < columns["user_id"].size <= rows
+
+
+def test_a_lake_sink_that_runs_goes_over(log: Log, tmp_path: Path) -> None:
+    from threading import Thread  # noqa: PLC0415 - only here
+
+    log.produce(1_000, source=0)
+    stop = Event()
+    sink = LogSink(log.kafka, log.topics, tmp_path, flush_s=0.2)
+    thread = Thread(target=sink.run, args=(stop,))
+    thread.start()
+    try:
+        until(lambda: bool(list_files(tmp_path, log.topics.events)), what="the sink has begun")
+        log.repartition(4)
+        log.produce(1_000, source=1)
+        topic = log.topics.at(1).events
+        ends = end_offsets(log.kafka, topic)
+        until(
+            lambda: (
+                {f.partition: f.end + 1 for f in list_files(tmp_path, topic)}
+                == {p: end for p, end in ends.items() if end}
+            ),
+            what="the new topic is in the lake",
+        )
+    finally:
+        stop.set()
+        thread.join(30)
+    ended = known_chain(log.kafka, log.topics).retired[0].end_offsets
+    held = {f.partition: f.end + 1 for f in list_files(tmp_path, log.topics.events)}
+    assert held == {partition: end for partition, end in ended.items() if end}
+
+
+def test_what_comes_late_into_the_old_topic_is_shown_and_moved_once(log: Log) -> None:
+    log.produce(1_000, source=0)
+    with running(log.kafka, log.topics, log.live) as worker:
+        log.repartition(4)
+        log.produce(500, source=1)
+        log.produce(300, source=0)
+        chain = known_chain(log.kafka, log.topics)
+        assert num_late(log.kafka, log.topics, chain) == {log.topics.events: 300}
+        assert log.command().move_late() == 300
+        assert log.command().move_late() == 0
+        assert num_late(log.kafka, log.topics, chain) == {log.topics.events: 0}
+        log.wait(worker)
+    assert log.num_moved(1) == 300
+    log.assert_exact()
+    log.assert_nothing_lost()
+
+
+@pytest.mark.parametrize("step", ["_create", "_seal", "_mark_moved", "_move_from"])
+def test_killed_before_any_step_the_command_goes_on(
+    log: Log, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash is an exception where the next step would begin: nothing after it happens."""
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    log.produce(1_500, source=0)
+    with running(log.kafka, log.topics, log.live) as worker:
+        with monkeypatch.context() as patched:
+            patched.setattr("streams.repartition.Repartition." + step, crash)
+            with pytest.raises(KeyboardInterrupt):
+                log.repartition(4)
+        # Producers know of nothing yet.
+        log.produce(700, source=0)
+        with pytest.raises(RepartitionError, match="--partitions 4"):
+            log.repartition(5)
+        with pytest.raises(RepartitionUnfinishedError, match="--partitions 4"):
+            log.replay()
+        log.repartition(4)
+        log.produce(700, source=1)
+        log.command().move_late()
+        log.wait(worker)
+    log.assert_exact()
+    log.assert_nothing_lost()
+    assert log.repartition(4).old is None
+
+
+def test_killed_before_the_chain_is_told_the_same_ends_are_found_again(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log.produce(1_000, source=0)
+    calls = []
+
+    def crash_second(*args: object) -> None:
+        calls.append(args)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        write_chain(*args)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr("streams.repartition.write_chain", crash_second)
+        with pytest.raises(KeyboardInterrupt):
+            log.repartition(4)
+    sealed_ends = end_offsets(log.kafka, log.topics.events)
+    log.produce(200, source=0)
+    assert log.repartition(4).num_moved == 200
+    assert known_chain(log.kafka, log.topics).retired[0].end_offsets == {
+        partition: end - 1 for partition, end in sealed_ends.items()
+    }
+    with running(log.kafka, log.topics, log.live) as worker:
+        log.wait(worker)
+    log.assert_exact()
+    log.assert_nothing_lost()
+
+
+def test_redis_goes_back_to_before_the_switch(log: Log) -> None:
+    """What it lacks of the old topic is applied before the new topic goes on."""
+    log.produce(2_000, source=0)
+    client = log.live.client
+    with running(log.kafka, log.topics, log.live) as worker:
+        log.wait(worker)
+    log.produce(2_000, source=0)
+    dumped = {key: client.dump(key) for key in client.keys("*")}
+    log.repartition(4)
+    log.produce(1_000, source=1)
+    with running(log.kafka, log.topics, log.live) as worker:
+        log.wait(worker)
+        client.flushall()
+        for key, value in dumped.items():
+            client.restore(key, 0, value)
+        log.produce(1_000, source=1)
+        log.wait(worker)
+        assert worker.counted("refused_writes_total") > 0
+    log.assert_exact()
+
+
+def test_a_foreign_record_without_key_seals_nothing(log: Log) -> None:
+    producer = make_producer(log.kafka)
+    producer.produce(log.topics.events, value=None, headers=[("other", b"1")], partition=0)
+    assert not producer.flush(10)
+    log.produce(300, source=0)
+    with running(log.kafka, log.topics, log.live) as worker:
+        until(lambda: worker.errors or log.here.lag(log.live) == 0, what="applied")
+    assert recorded_chain(log.kafka, log.topics) is not None
+    assert known_chain(log.kafka, log.topics).current == 0
