@@ -17,6 +17,7 @@ DEFAULT_PARTITIONS: Final = 4
 # Kafka refuses names of 250 characters and more; the longest suffix of ours has 13, or as many as
 # a topic that `moveline repartition` has made a thousand times.
 PREFIX_CHARS_MAX: Final = 200
+_EVENTS: Final = re.compile(r"\.events-([1-9][0-9]*)$")
 _PREFIX: Final = re.compile(r"^[A-Za-z0-9._-]+$")
 
 TIMESTAMP_TYPE: Final = "message.timestamp.type"
@@ -145,6 +146,16 @@ class Topics:
                 is_any_width=True,
             ),
         )
+
+
+def source_of(events_topic: str) -> int:
+    """Return which topic of the event log a name is of; 0 for one that is not ours.
+
+    >>> source_of("moveline.events"), source_of("moveline.events-2"), source_of("other")
+    (0, 2, 0)
+    """
+    match = _EVENTS.search(events_topic)
+    return int(match[1]) if match else 0
 
 
 def check_topic(

@@ -12,16 +12,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from features.errors import StoreFullError, StoreUnavailableError
 from features.state import PartitionMovedError
-from streams.chain import claimed_chain, known_chain, refuse_other_count
+from streams.chain import claimed_chain
 from streams.control import read_pointers
 from streams.dead_letters import DeadLetterProducer
 from streams.effects import Effects
-from streams.errors import (
-    MisplacedEventError,
-    OutOfStepError,
-    StateContendedError,
-    WorkerStuckError,
-)
+from streams.errors import OutOfStepError, StateContendedError, WorkerStuckError
 from streams.items import ItemsReader
 from streams.kafka import (
     KafkaConfig,
@@ -31,9 +26,9 @@ from streams.kafka import (
     is_fatal,
     make_consumer,
     make_producer,
-    topic_width,
 )
 from streams.lake_fill import fill_from_lake
+from streams.log_watch import LogWatch
 from streams.metrics import WorkerMetrics
 from streams.micro_batch import Record
 from streams.processor import Processor
@@ -46,7 +41,6 @@ if TYPE_CHECKING:
     from features.redis import CatalogueStore, StateStore
     from streams.chain import Chain
     from streams.kafka import Consumer, KafkaError, Message
-    from streams.retired import CatchUp
     from streams.topics import Topics
 
 log = logging.getLogger("moveline.worker")
@@ -58,8 +52,6 @@ COMMIT_INTERVAL_S: Final = 0.5
 # How far behind an idle bucket's checkpoint may be: what a restart reads again, at most.
 IDLE_INTERVAL_S: Final = 5.0
 LAG_INTERVAL_S: Final = 2.0
-# How soon a worker that has met the end of its topic goes over to the next one.
-CHAIN_INTERVAL_S: Final = 1.0
 # Two workers that both believe they own a partition refuse each other's writes. A rebalance ends
 # that within the session time-out; past this many refusals in a row nobody is moving.
 OUT_OF_STEP_MAX: Final = 50
@@ -142,8 +134,13 @@ class Worker:
         run = _Run(
             self,
             Effects(processor, self.catalogue, letters, self.metrics),
-            chain=chain,
-            catch_up=CatchUp(self, chain) if chain.retired else None,
+            LogWatch(
+                self.kafka,
+                self.topics,
+                chain,
+                CatchUp(self, chain) if chain.retired else None,
+                asked_at=self.clock(),
+            ),
         )
         consumer = make_consumer(
             self.kafka,
@@ -187,16 +184,14 @@ class _Run:
         done: the offset after the last applied record of each placed partition, of no other.
         told: what Kafka was told of `done`.
         items: what applies the items topic.
-        chain: the log's topics, the newest of which is read; None leaves that unchecked.
-        catch_up: what the topics before it may still owe.
+        watch: what is watched of the log's topics, the newest of which is read; None: nothing.
         sealed: partitions of events that have ended.
         is_over: the log goes on in another topic.
     """
 
     worker: Worker
     effects: Effects
-    chain: Chain | None = None
-    catch_up: CatchUp | None = None
+    watch: LogWatch | None = None
     owned: set[Place] = field(default_factory=set)
     unplaced: set[Place] = field(default_factory=set)
     pending: dict[Place, list[Message]] = field(default_factory=dict)
@@ -210,7 +205,6 @@ class _Run:
     committed_at: float = field(init=False)
     idle_at: float = field(init=False)
     lag_at: float = float("-inf")
-    chain_at: float = field(init=False)
     progress_at: float = field(init=False)
     last_total: int = -1
 
@@ -218,7 +212,6 @@ class _Run:
         """Nothing is due yet."""
         self.items = ItemsReader(self.worker.catalogue, self.worker.metrics)
         self.committed_at = self.idle_at = self.progress_at = self.worker.clock()
-        self.chain_at = self.worker.clock()
 
     def turn(self, consumer: Consumer) -> None:
         """Take what there is through every effect; while Redis is away, wait for it."""
@@ -242,8 +235,8 @@ class _Run:
             self._commit(consumer)
         if self.worker.clock() - self.lag_at > LAG_INTERVAL_S:
             self._measure_lag(consumer)
-        if self.chain is not None and (self.sealed or not self.owned):
-            self._look_for_successor(self.chain)
+        if self.watch is not None and (self.sealed or not self.owned):
+            self.is_over = self.watch.has_successor(self.worker.clock())
 
     def finish(self, consumer: Consumer) -> None:
         """Leave checkpoints and offsets where the next worker can go on without reading again."""
@@ -297,40 +290,31 @@ class _Run:
             try:
                 self.effects.apply(records)
             except PartitionMovedError as error:
-                raise self._misplaced(error) from error
+                if self.watch is None:
+                    raise
+                raise self.watch.misplaced(error) from error
             self.num_out_of_step = 0
         for place, messages in self.pending.items():
             if place[0] != events:
                 self.items.apply(messages)
             self.done[place] = _offset_of(messages[-1]) + 1
         self.pending = {}
+        self._end_sealed()
+
+    def _end_sealed(self) -> None:
+        """Leave partitions that have ended at their seal: whoever reads on there has to meet it."""
+        events = self.worker.topics.events
         for partition, offset in self.effects.seals.items():
-            # Where the partition goes on for ever: whoever reads it again meets the seal first.
             place = events, partition
             if place in self.done and place not in self.sealed:
-                log.info("%s[%d] has ended at offset %d", events, partition, offset)
+                log.info(
+                    "%s[%d] has ended at offset %d; waiting for moveline repartition to say where "
+                    "the log goes on",
+                    *place,
+                    offset,
+                )
                 self.done[place] = offset
                 self.sealed.add(place)
-
-    def _misplaced(self, error: PartitionMovedError) -> Exception:
-        """Return what is to be said; raises PartitionsChangedError if that is the cause."""
-        topics = self.worker.topics
-        if self.chain is not None:
-            refuse_other_count(self.worker.kafka, topics, self.chain)
-        return MisplacedEventError(
-            f"An event of {topics.events} lies where its key does not belong: {error}. Stop the "
-            "producer that uses another partitioner than murmur2, then move what it has sent: "
-            "moveline repartition --partitions N, with another N than now."
-        )
-
-    def _look_for_successor(self, chain: Chain) -> None:
-        """Find out whether the log has gone on in another topic."""
-        if self.worker.clock() - self.chain_at < CHAIN_INTERVAL_S:
-            return
-        self.chain_at = self.worker.clock()
-        if known_chain(self.worker.kafka, self.worker.topics).current > chain.current:
-            log.info("the log goes on in another topic")
-            self.is_over = True
 
     def _refuse_fatal(self, error: KafkaError) -> None:
         if is_fatal(error):
@@ -343,9 +327,10 @@ class _Run:
             return
         topics = self.worker.topics
         owned, _ = self._partitions(self.owned)
-        if self.catch_up is not None and not self.catch_up.step(owned):
+        catch_up = None if self.watch is None else self.watch.catch_up
+        if catch_up is not None and not catch_up.step(owned):
             return
-        self._check_count(consumer)
+        self._check_width(consumer)
         # Redis may be an older one: what it is read from again is written again.
         self.effects.forget()
         events, items = self._partitions(self.unplaced)
@@ -353,7 +338,7 @@ class _Run:
             **{(topics.events, p): at for p, at in self.effects.processor.assign(events).items()},
             **{(topics.items, p): at for p, at in self.items.assign(items).items()},
         }
-        if self.catch_up is not None and not self.catch_up.confirm(self.effects.processor, events):
+        if catch_up is not None and not catch_up.confirm(self.effects.processor, events):
             return
         self._learn_committed(consumer, starts)
         self.done |= {place: self._seek(consumer, place, at) for place, at in starts.items()}
@@ -361,13 +346,9 @@ class _Run:
         self.unplaced = set()
         self.progress_at = self.worker.clock()
 
-    def _check_count(self, consumer: Consumer) -> None:
-        """Raise if somebody has given the topic other partitions."""
-        if self.chain is not None:
-            topics = self.worker.topics
-            found = topic_width(consumer, topics.events)
-            if found is not None:
-                refuse_other_count(self.worker.kafka, topics, self.chain, found=found)
+    def _check_width(self, consumer: Consumer) -> None:
+        if self.watch is not None:
+            self.watch.check_width(consumer)
 
     def _learn_committed(self, consumer: Consumer, starts: dict[Place, int]) -> None:
         """Read again what Kafka was not told of; dead letters before that are known to be safe."""
@@ -406,8 +387,8 @@ class _Run:
     def _unplace(self, consumer: Consumer, places: Iterable[Place]) -> None:
         gone = set(places)
         self.unplaced |= gone
-        if self.catch_up is not None:
-            self.catch_up.reset()
+        if self.watch is not None and self.watch.catch_up is not None:
+            self.watch.catch_up.reset()
         for place in gone:
             self.done.pop(place, None)
             self.pending.pop(place, None)
@@ -438,7 +419,7 @@ class _Run:
     def _keep_checkpoints(self, consumer: Consumer) -> None:
         if self.worker.clock() - self.idle_at > IDLE_INTERVAL_S:
             self.idle_at = self.worker.clock()
-            self._check_count(consumer)
+            self._check_width(consumer)
             self.effects.processor.advance_idle(self._event_ends())
             self.items.check(self._partitions(self.done)[1])
             self.num_out_of_step = 0
