@@ -23,7 +23,7 @@ import msgspec
 
 from streams.chain import Chain, Source, known_chain, write_chain
 from streams.control import read_records, write_records
-from streams.errors import DeliveryError, RepartitionError, StreamError
+from streams.errors import DeliveryError, RepartitionError, StreamError, TopicMissingError
 from streams.kafka import end_offsets, ensure_topics, make_producer, watermarks
 from streams.log_reader import LogReader
 from streams.placement import partitions_of
@@ -111,7 +111,13 @@ class Repartition:
             StreamError: as `run`.
         """
         chain = known_chain(self.kafka, self.topics)
-        return sum(self._move_from(chain, number) for number in range(len(chain.retired)))
+        num_moved = 0
+        for number in range(len(chain.retired)):
+            try:
+                num_moved += self._move_from(chain, number)
+            except TopicMissingError:
+                log.info("%s was deleted", self.topics.at(number).events)
+        return num_moved
 
     def _report(self, chain: Chain, ended: str | None, num_moved: int) -> RepartitionReport:
         return RepartitionReport(
@@ -274,14 +280,21 @@ class Repartition:
 
 
 def num_late(kafka: KafkaConfig, topics: Topics, chain: Chain) -> dict[str, int]:
-    """Return by retired topic how many offsets `moveline repartition` has not looked at yet."""
+    """Return by retired topic how many offsets `moveline repartition` has not looked at yet.
+
+    One that was deleted is left out.
+    """
     late: dict[str, int] = {}
     records = read_records(kafka, topics)
     for number in range(len(chain.retired)):
         recorded = records.get(f"{_KEY}{number}".encode(), b"{}")
         seen = msgspec.json.decode(recorded, type=dict[str, int])
         topic = topics.at(number).events
-        ends = end_offsets(kafka, topic)
+        try:
+            ends = end_offsets(kafka, topic)
+        except TopicMissingError:
+            # Deleted: nothing can come into it any more.
+            continue
         late[topic] = sum(max(0, end - seen.get(str(p), 0)) for p, end in ends.items())
     return late
 

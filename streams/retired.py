@@ -86,6 +86,9 @@ class CatchUp:
             return True
         for number, source in enumerate(self.chain.retired):
             missing = missing_of(self.worker.store, number, source)
+            for partition in source.end_offsets:
+                lag = self.worker.metrics.lag.labels(f"{number}:{partition}")
+                lag.set(missing.get(partition, 0))
             if missing:
                 self._advance(number, missing, owned)
                 return False

@@ -130,6 +130,8 @@ class Worker:
             num_partitions=chain.newest.num_partitions,
         )
         letters = DeadLetterProducer(make_producer(self.kafka), self.topics)
+        # Of a topic before: its partitions are no longer read.
+        self.metrics.lag.clear()
         group = group_of(self.topics, self.store.generation)
         run = _Run(
             self,

@@ -9,6 +9,7 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 import pytest
+from confluent_kafka.admin import AdminClient
 
 from features.lake import list_files, log_topics, read_accepted
 from streams.audit import audit
@@ -22,6 +23,7 @@ from streams.replay import ReplayRequest
 from tests.conftest import SMALL
 from tests.waiting import until
 from tests.worker.running import running
+from tests.worker.traffic import assert_holds
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,7 +39,8 @@ def test_workers_go_over_and_states_are_exact(log: Log, num_partitions: int) -> 
         running(log.kafka, log.topics, log.live) as first,
         running(log.kafka, log.topics, log.live) as second,
     ):
-        first.wait("events_total", 1)
+        both = first, second
+        until(lambda: any(one.counted("events_total") for one in both), what="one has begun")
         report = log.repartition(num_partitions)
         log.produce(8_000, source=1)
         log.wait(first, second)
@@ -60,6 +63,38 @@ def test_a_worker_that_starts_afterwards_completes_the_old_topic_first(log: Log)
         sent = sum(worker.counted("dead_letters_total", reason=reason) for reason in reasons)
     assert sent == garbage
     log.assert_exact()
+
+
+def test_workers_share_what_is_missing_of_the_old_topic(log: Log) -> None:
+    log.produce(12_000, source=0)
+    log.repartition(4)
+    log.produce(4_000, source=1)
+    with (
+        running(log.kafka, log.topics, log.live) as first,
+        running(log.kafka, log.topics, log.live) as second,
+    ):
+        log.wait(first, second)
+    log.assert_exact()
+
+
+def test_the_old_topic_can_be_deleted_once_the_lake_has_it(log: Log, tmp_path: Path) -> None:
+    log.produce(1_500, source=0)
+    log.repartition(4)
+    log.produce(500, source=1)
+    LogSink(log.kafka, log.topics, tmp_path).run(Event(), until_end=True)
+    by_user = log.accepted()
+    admin = AdminClient({"bootstrap.servers": log.kafka.bootstrap})
+    for deleted in admin.delete_topics([log.topics.events]).values():
+        deleted.result(10)
+    with running(log.kafka, log.topics, log.live, lake=tmp_path) as worker:
+        log.wait(worker)
+    again, _ = log.replay(ReplayRequest(lake=tmp_path))
+    from_lake, _ = log.replay(ReplayRequest(origin="lake", lake=tmp_path))
+    for store in (log.live, again, from_lake):
+        assert_holds(store, by_user)
+    LogSink(log.kafka, log.topics, tmp_path).run(Event(), until_end=True)
+    assert num_late(log.kafka, log.topics, known_chain(log.kafka, log.topics)) == {}
+    assert log.command().move_late() == 0
 
 
 def test_replays_and_lake_and_audit_read_all_topics(log: Log, tmp_path: Path) -> None:
