@@ -114,6 +114,14 @@ class CatchUp:
         if not mine:
             self._wait_for(missing)
             return
+        try:
+            self._apply_some(number, mine)
+        except Exception:
+            # What was read and not applied has to be read again.
+            self._close()
+            raise
+
+    def _apply_some(self, number: int, mine: tuple[int, ...]) -> None:
         if self.batches is None or mine != self.mine:
             self._open(number, mine)
         assert self.batches is not None
@@ -123,6 +131,8 @@ class CatchUp:
             self.effects.send_dead_letters(batch)
             self.effects.apply_batch(batch)
             if time.monotonic() > deadline:
+                # Or a failure would set all the way back: idle buckets' checkpoints count too.
+                self.effects.processor.advance_idle(batch.ends)
                 return
         ends = self.chain.sources[number].end_offsets
         self.effects.processor.advance_idle({p: ends[p] for p in mine})

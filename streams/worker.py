@@ -118,6 +118,9 @@ class Worker:
             here = replace(self, topics=self.topics.at(chain.current))
             if not here.consume(chain, stop):
                 return
+            for partition in range(chain.newest.num_partitions):
+                # The next topic may be narrower: nothing is behind in a partition it lacks.
+                self.metrics.lag.labels(str(partition)).set(0)
 
     def consume(self, chain: Chain, stop: StopEvent) -> bool:
         """Consume one topic of the log; return whether it goes on in another. See `run`."""
@@ -130,8 +133,6 @@ class Worker:
             num_partitions=chain.newest.num_partitions,
         )
         letters = DeadLetterProducer(make_producer(self.kafka), self.topics)
-        # Of a topic before: its partitions are no longer read.
-        self.metrics.lag.clear()
         group = group_of(self.topics, self.store.generation)
         run = _Run(
             self,

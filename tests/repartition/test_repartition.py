@@ -5,17 +5,21 @@ Real broker and Redis; duplicates, late events, impressions and garbage lie on b
 
 from __future__ import annotations
 
+import itertools
 from threading import Event
 from typing import TYPE_CHECKING
 
 import pytest
 from confluent_kafka.admin import AdminClient
 
+from features.errors import StoreUnavailableError
 from features.lake import list_files, log_topics, read_accepted
 from streams.audit import audit
 from streams.chain import known_chain, recorded_chain, write_chain
 from streams.compare import compare_generations
+from streams.effects import Effects
 from streams.errors import RepartitionError, RepartitionUnfinishedError
+from streams.event_log import EventLog
 from streams.kafka import end_offsets, make_producer, partition_count
 from streams.lake_chain import LogSink
 from streams.repartition import num_late
@@ -28,6 +32,8 @@ from tests.worker.traffic import assert_holds
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from streams.micro_batch import MicroBatch
+    from streams.processor import Report
     from tests.repartition.conftest import Log
 
 
@@ -74,6 +80,27 @@ def test_workers_share_what_is_missing_of_the_old_topic(log: Log) -> None:
         running(log.kafka, log.topics, log.live) as second,
     ):
         log.wait(first, second)
+    log.assert_exact()
+
+
+def test_redis_away_while_the_old_topic_is_completed(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read and could not be written is read again, not passed over."""
+    log.produce(9_000, source=0)
+    log.repartition(4)
+    apply_batch, calls = Effects.apply_batch, itertools.count()
+
+    def fails_now_and_then(self: Effects, batch: MicroBatch) -> Report:
+        if next(calls) in {0, 3, 10}:
+            raise StoreUnavailableError("away, for the test")
+        return apply_batch(self, batch)
+
+    monkeypatch.setattr(Effects, "apply_batch", fails_now_and_then)
+    monkeypatch.setattr(EventLog.batches, "__kwdefaults__", {"keep": None, "batch_max": 500})
+    with running(log.kafka, log.topics, log.live) as worker:
+        log.wait(worker)
+        assert worker.counted("store_pauses_total") == 3
     log.assert_exact()
 
 
