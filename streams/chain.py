@@ -159,7 +159,7 @@ def settled_chain(kafka: KafkaConfig, topics: Topics) -> tuple[Chain, dict[int, 
             topics.at(chain.current).events, next_partitions=chain.newest.next_partitions or 0
         )
     if chain.current != before.current:
-        ends = end_offsets(kafka, topics.at(chain.current).events)
+        return settled_chain(kafka, topics)
     return chain, {p: end for p, end in ends.items() if p < chain.newest.num_partitions}
 
 

@@ -4,44 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from features.clock import now_ms
-from features.events import Event, encode_event
 from features.keys import log_partition, split_log_partition
 from features.state import EMPTY_STATE, PartitionMovedError, Position, step
 from scoring.recommend import Ask, _reached
 from streams.compare import MemoryStates
-from streams.micro_batch import MicroBatch, Record, sort_records
-from streams.placement import drop_misplaced, partitions_of
+from streams.micro_batch import Record
+from streams.placement import drop_misplaced
 from streams.processor import Processor
 from streams.seal import cut_at_seals, seal_headers
 from streams.topics import Topics, source_of
 from tests.conftest import SMALL
-
-NOW_MS = now_ms()
-# Of 3 partitions: user 7 belongs into BELONGS.
-USER = 7
-BELONGS = partitions_of([b"7"], 3)[0]
-
-
-def record(number: int, *, partition: int = BELONGS, user: int = USER) -> Record:
-    """Return an event of a user at an offset."""
-    event = Event(
-        event_id=f"e-{user}-{number}",
-        user_id=user,
-        item_id=number,
-        action="click",
-        event_time_ms=NOW_MS,
-    )
-    return Record(partition, number, NOW_MS, b"%d" % user, encode_event(event), None)
-
-
-def seal(number: int, partition: int = BELONGS) -> Record:
-    """Return a seal at an offset."""
-    return Record(partition, number, NOW_MS, None, None, list(seal_headers(0)))
-
-
-def batch_of(*records: Record, source: int = 0) -> MicroBatch:
-    return sort_records(records, SMALL, source)
+from tests.repartition.records import BELONGS, NOW_MS, USER, batch_of, record, seal
 
 
 def processor(source: int = 0, states: MemoryStates | None = None) -> Processor:

@@ -18,13 +18,15 @@ from streams.audit import audit
 from streams.chain import known_chain, recorded_chain, write_chain
 from streams.compare import compare_generations
 from streams.effects import Effects
-from streams.errors import RepartitionError, RepartitionUnfinishedError
+from streams.errors import OutOfStepError, RepartitionError, RepartitionUnfinishedError
 from streams.event_log import EventLog
 from streams.kafka import end_offsets, make_producer, partition_count
 from streams.lake_chain import LogSink
+from streams.processor import Processor
 from streams.repartition import num_late
 from streams.replay import ReplayRequest
 from tests.conftest import SMALL
+from tests.repartition.records import batch_of, record
 from tests.waiting import until
 from tests.worker.running import running
 from tests.worker.traffic import assert_holds
@@ -275,6 +277,25 @@ def test_redis_goes_back_to_before_the_switch(log: Log) -> None:
         log.wait(worker)
         assert worker.counted("refused_writes_total") > 0
     log.assert_exact()
+
+
+def test_a_redis_from_before_the_switch_refuses_the_first_write(log: Log) -> None:
+    """Also in a bucket that had no event of the new topic yet, and no idle checkpoint."""
+    client, partitions = log.live.client, range(3)
+    old = Processor(log.live, SMALL, source=0, num_partitions=3)
+    old.assign(partitions)
+    old.apply(batch_of(record(0)))
+    dumped = {key: client.dump(key) for key in client.keys("*")}
+    old.apply(batch_of(record(1)))
+    old.advance_idle(dict.fromkeys(partitions, 2))
+    new = Processor(log.live, SMALL, source=1, num_partitions=3)
+    new.assign(partitions)
+    new.begin(partitions)
+    client.flushall()
+    for key, value in dumped.items():
+        client.restore(key, 0, value)
+    with pytest.raises(OutOfStepError):
+        new.apply(batch_of(record(0), source=1))
 
 
 def test_a_foreign_record_without_key_seals_nothing(log: Log) -> None:
