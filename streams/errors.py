@@ -188,6 +188,13 @@ class PartitionsChangedError(StreamError):
 class MisplacedEventError(StreamError):
     """An event lies in a partition where its key does not belong."""
 
+    def __init__(self, topic: str, what: object) -> None:
+        super().__init__(
+            f"An event of {topic} lies where its key does not belong: {what}. Stop the producer "
+            "that uses another partitioner than murmur2, then move what it has sent: "
+            "moveline repartition --partitions N, with another N than now."
+        )
+
 
 class RepartitionUnfinishedError(StreamError):
     """A repartition was begun and has not ended: the log's end is not settled."""

@@ -17,6 +17,7 @@ from streams.errors import (
     BrokerUnavailableError,
     LogHoleError,
     LogTruncatedError,
+    MisplacedEventError,
     TopicMissingError,
 )
 from streams.kafka import (
@@ -123,6 +124,7 @@ class EventLog:
         Raises:
             LogHoleError: offsets that neither Kafka nor the lake has.
             LogTruncatedError: the lake goes further than Kafka: this is another log.
+            MisplacedEventError: an event that was not moved yet to where its key belongs.
             BrokerUnavailableError: Kafka went silent.
         """
         while num_missing(positions, ends):
@@ -265,8 +267,15 @@ class EventLog:
         return batch
 
     def _placed(self, batch: MicroBatch) -> MicroBatch:
+        """Return the batch without what does not count; in the newest topic nothing may be so.
+
+        There it was not moved yet: a generation that passed over it would hide it.
+        """
         if self.num_partitions is not None:
-            drop_misplaced(batch, self.num_partitions)
+            num_dropped = drop_misplaced(batch, self.num_partitions)
+            if num_dropped and self.ends is None:
+                what = f"{num_dropped} events before offsets {batch.ends} by partition"
+                raise MisplacedEventError(self.topic, what)
         return batch
 
     def _stalled(

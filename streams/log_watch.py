@@ -57,11 +57,7 @@ class LogWatch:
             PartitionsChangedError: that is the cause.
         """
         refuse_other_count(self.kafka, self.topics, self.chain)
-        return MisplacedEventError(
-            f"An event of {self.topics.events} lies where its key does not belong: {error}. Stop "
-            "the producer that uses another partitioner than murmur2, then move what it has sent: "
-            "moveline repartition --partitions N, with another N than now."
-        )
+        return MisplacedEventError(self.topics.events, error)
 
     def has_successor(self, clock_s: float) -> bool:
         """Return whether the log goes on in another topic; asks now and then."""

@@ -200,15 +200,15 @@ def test_what_comes_late_into_the_old_topic_is_shown_and_moved_once(log: Log) ->
     log.assert_nothing_lost()
 
 
+def crash(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("step", ["_create", "_seal", "_mark_moved", "_move_from"])
 def test_killed_before_any_step_the_command_goes_on(
     log: Log, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A crash is an exception where the next step would begin: nothing after it happens."""
-
-    def crash(*_: object) -> None:
-        raise KeyboardInterrupt
-
     log.produce(1_500, source=0)
     with running(log.kafka, log.topics, log.live) as worker:
         with monkeypatch.context() as patched:
@@ -228,6 +228,29 @@ def test_killed_before_any_step_the_command_goes_on(
     log.assert_exact()
     log.assert_nothing_lost()
     assert log.repartition(4).old is None
+
+
+def test_a_worker_that_starts_behind_the_seals_still_meets_them(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint never passes a seal: whoever reads on there has to be stopped by it again."""
+    log.produce(1_000, source=0)
+    batches = "micro_batch_events_count"
+    with running(log.kafka, log.topics, log.live) as worker:
+        log.wait(worker)
+        before = worker.counted(batches)
+        with monkeypatch.context() as patched:
+            patched.setattr("streams.repartition.Repartition._mark_moved", crash)
+            with pytest.raises(KeyboardInterrupt):
+                log.repartition(4)
+        worker.wait(batches, before + 1)
+    log.produce(300, source=0)
+    with running(log.kafka, log.topics, log.live) as worker:
+        worker.wait(batches, 1)
+        assert log.repartition(4).num_moved == 300
+        log.wait(worker)
+    log.assert_exact()
+    log.assert_nothing_lost()
 
 
 def test_killed_before_the_chain_is_told_the_same_ends_are_found_again(

@@ -128,6 +128,8 @@ def test_a_producer_with_another_partitioner_is_named_and_its_events_can_be_move
         running(log.kafka, log.topics, log.live) as worker,
     ):
         until(lambda: worker.errors, what="the worker refuses")
+    with pytest.raises(MisplacedEventError, match="1 events before offsets"):
+        log.replay()
     # Without a generation to say what is right, the whole topic is looked through.
     everything = replace(log.command(), live=None)
     assert isinstance(everything, Repartition)
