@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from streams.dead_letters import DeadLetterProducer
 from streams.effects import Effects
+from streams.errors import OutOfStepError
 from streams.event_log import logs_of
 from streams.kafka import committed, make_producer
 from streams.processor import Processor
@@ -30,6 +31,8 @@ log = logging.getLogger("moveline.worker")
 
 # A step ends after this long, so that the worker polls well within its interval.
 BUDGET_S: Final = 1.0
+# A worker that is still at the old topic completes it faster when nobody writes beside it.
+CONTENDED_S: Final = 2.0
 
 
 def missing_of(states: States, number: int, source: Source) -> dict[int, int]:
@@ -56,6 +59,7 @@ class CatchUp:
         worker: whose generation it is, with the topics of the newest source.
         chain: the log's topics.
         mine: the retired partitions that the open batches are of.
+        paused_until: another worker was met there; it is left alone for a while.
     """
 
     worker: Worker
@@ -64,6 +68,7 @@ class CatchUp:
     effects: Effects | None = None
     mine: tuple[int, ...] = ()
     is_done: bool = False
+    paused_until: float = float("-inf")
     waiting_for: Collection[int] = field(default_factory=tuple)
 
     def reset(self) -> None:
@@ -79,11 +84,12 @@ class CatchUp:
 
         Raises:
             StoreError: Redis is away or full.
-            OutOfStepError: another worker wrote the same; `reset`, then go on.
             StreamError: the topic's events are in neither Kafka nor the lake.
         """
         if self.is_done:
             return True
+        if time.monotonic() < self.paused_until:
+            return False
         for number, source in enumerate(self.chain.retired):
             missing = missing_of(self.worker.store, number, source)
             for partition in source.end_offsets:
@@ -116,6 +122,12 @@ class CatchUp:
             return
         try:
             self._apply_some(number, mine)
+        except OutOfStepError as error:
+            # Whoever was faster has made progress; that is no reason to give up, ever.
+            log.info("%s Going on with what it leaves.", error)
+            self.worker.metrics.refused.inc()
+            self.paused_until = time.monotonic() + CONTENDED_S
+            self._close()
         except Exception:
             # What was read and not applied has to be read again.
             self._close()

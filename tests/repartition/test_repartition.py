@@ -106,6 +106,30 @@ def test_redis_away_while_the_old_topic_is_completed(
     log.assert_exact()
 
 
+def test_a_worker_that_meets_another_at_the_old_topic_gives_way(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is still reading it refuses the other's writes; neither ends, nothing is doubled."""
+    log.produce(9_000, source=0)
+    log.repartition(4)
+    log.produce(500, source=1)
+    apply_batch, calls = Effects.apply_batch, itertools.count()
+
+    def meets_another(self: Effects, batch: MicroBatch) -> Report:
+        if next(calls) == 1:
+            other = Processor(log.live, SMALL, source=0, num_partitions=3)
+            other.assign(range(3))
+            other.apply(batch)
+        return apply_batch(self, batch)
+
+    monkeypatch.setattr(Effects, "apply_batch", meets_another)
+    monkeypatch.setattr(EventLog.batches, "__kwdefaults__", {"keep": None, "batch_max": 500})
+    with running(log.kafka, log.topics, log.live) as worker:
+        log.wait(worker)
+        assert worker.counted("refused_writes_total") == 1
+    log.assert_exact()
+
+
 def test_the_old_topic_can_be_deleted_once_the_lake_has_it(log: Log, tmp_path: Path) -> None:
     log.produce(1_500, source=0)
     log.repartition(4)
