@@ -12,12 +12,12 @@ import msgspec
 from features import keys
 from features.config import StateConfig, config_from_json
 from features.errors import GenerationError, StoreFullError
-from features.redis import execute, mapped_errors
+from features.redis_client import execute, infos, mapped_errors, pipelined, scan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    import redis
+    from features.redis_client import RedisClient
 
 # Keys a SCAN looks at before it answers: under a millisecond of a Redis that others use meanwhile.
 SCAN_COUNT: Final = 2_000
@@ -85,7 +85,7 @@ def start_field(source: int, partition: int) -> str:
 class Generations:
     """The generations of one Redis."""
 
-    client: redis.Redis
+    client: RedisClient
 
     def recorded(self) -> dict[int, StateConfig]:
         """Return the rules of every generation there is, by number."""
@@ -159,15 +159,6 @@ class Generations:
             users = {int(match[2]) for match in matches if match}
         return sorted(filter(keep, users))
 
-    def chunks(self, generation: int, user_ids: Sequence[int]) -> list[dict[int, bytes]]:
-        """Return each user's waiting chunks by number."""
-        with mapped_errors("reading chunks"):
-            pipeline = self.client.pipeline(transaction=False)
-            for user in user_ids:
-                pipeline.hgetall(keys.chunks_key(generation, user))
-            replies = pipeline.execute()
-        return [{int(number): data for number, data in reply.items()} for reply in replies]
-
     def drop(self, generation: int) -> Iterator[int]:
         """Delete a generation step by step, yielding how many keys each step deleted.
 
@@ -187,7 +178,11 @@ class Generations:
                 yield self._unlink(batch)
                 batch = []
         yield self._unlink(batch)
-        last = (keys.generation_key(generation), keys.built_key(generation))
+        last = (
+            keys.row_format_key(generation),
+            keys.generation_key(generation),
+            keys.built_key(generation),
+        )
         yield self._unlink([key.encode() for key in last])
 
     def refuse_full(self, generation: int) -> None:
@@ -197,23 +192,19 @@ class Generations:
             StoreFullError: MEMORY_SHARE_MAX of maxmemory is in use.
         """
         with mapped_errors("reading memory figures"):
-            memory = execute(self.client, "INFO", "memory")
-        used, limit = int(memory["used_memory"]), int(memory["maxmemory"])
-        if limit and used > MEMORY_SHARE_MAX * limit:
-            raise StoreFullError(
-                f"Redis uses {used / limit:.0%} of maxmemory; above {MEMORY_SHARE_MAX:.0%} g"
-                f"{generation} would take room from live traffic. Raise maxmemory and repeat the "
-                f"command, which resumes, or drop a generation: moveline drop g{generation}"
-            )
+            servers = infos(self.client, "memory")
+        for memory in servers:
+            used, limit = int(memory["used_memory"]), int(memory["maxmemory"])
+            if limit and used > MEMORY_SHARE_MAX * limit:
+                raise StoreFullError(
+                    f"Redis uses {used / limit:.0%} of maxmemory; above {MEMORY_SHARE_MAX:.0%} g"
+                    f"{generation} would take room from live traffic. Raise maxmemory and repeat "
+                    f"the command, which resumes, or drop a generation: moveline drop g{generation}"
+                )
 
     def _unlink(self, names: Sequence[bytes]) -> int:
-        if not names:
-            return 0
-        with mapped_errors("dropping a generation"):
-            pipeline = self.client.pipeline(transaction=False)
-            for name in names:
-                pipeline.unlink(name)
-            return sum(pipeline.execute())
+        commands = [("UNLINK", name) for name in names]
+        return sum(pipelined(self.client, commands, "dropping a generation"))
 
     def _scan(self, pattern: str) -> Iterator[bytes]:
-        yield from self.client.scan_iter(match=pattern, count=SCAN_COUNT)
+        return scan(self.client, pattern, count=SCAN_COUNT)

@@ -20,7 +20,9 @@ from scoring.signature import NO_ITEM, WAIT_MS_MAX, Degraded
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from features.config import StateConfig
     from features.state import UserState
+    from features.view import Records
     from scoring.live import Live, Snapshot
 
 log = logging.getLogger("moveline.recommend")
@@ -41,6 +43,7 @@ class Ask(NamedTuple):
     min_offset: int = -1
     wait_ms: int = 0
     exclude_seen: bool = False
+    request_id: str = ""
 
 
 class Retrieved(NamedTuple):
@@ -51,13 +54,27 @@ class Retrieved(NamedTuple):
     contributions: list[list[float]]
 
 
+class Seen(NamedTuple):
+    """What the model was given of a user: the streams as batched, padding and all."""
+
+    state: UserState
+    recent: Records
+    mid: Records
+    clock_ms: int
+
+
 class Answered(NamedTuple):
-    """One user's answer, padded to nothing: as long as there are items."""
+    """One user's answer, padded to nothing: as long as there are items.
+
+    `seen` is what it was made from, under the rules `config`; None where no state was read.
+    """
 
     item_ids: list[int]
     scores: list[float]
     provenance: tuple[int, ...]  # in the order of scoring.signature.PROVENANCE
     contribution: tuple[float, float, float]
+    seen: Seen | None
+    config: StateConfig
 
 
 class Retrieve(Protocol):
@@ -90,6 +107,7 @@ class _Draft:
     contribution: tuple[float, float, float] = (0.0, 0.0, 0.0)
     model_version: int = 0
     newest_ms: int = -1
+    seen: Seen | None = None
 
 
 def answer(asks: Sequence[Ask], live: Live, retrieve: Retrieve, now_ms: int) -> list[Answered]:
@@ -160,8 +178,10 @@ def _retrieve(drafts: list[_Draft], snapshot: Snapshot, retrieve: Retrieve, now_
     if not known:
         return
     streams = batch_streams([state for _, state in known], now_ms, snapshot.config)
-    for row, (draft, _) in enumerate(known):
+    for row, (draft, state) in enumerate(known):
         draft.newest_ms = int(streams.newest_ms_B[row])
+        clock_ms = int(streams.clock_ms_B[row])
+        draft.seen = Seen(state, streams.recent_BR[row], streams.mid_BM[row], clock_ms)
     try:
         excluded = [_excluded(draft) for draft, _ in known]
         retrieved = _ask(retrieve, snapshot, streams, excluded)
@@ -233,4 +253,6 @@ def _finish(draft: _Draft, snapshot: Snapshot, now_ms: int) -> Answered:
             int(draft.degraded),
         ),
         draft.contribution,
+        draft.seen,
+        snapshot.config,
     )

@@ -40,11 +40,13 @@ class AuditReport:
     Attributes:
         num_users: users looked at, those that Redis should have and has not included.
         num_events: events of theirs that the oracle was given.
+        num_dropped: chunks marked as having left Redis for the lake, which are not compared.
         wrong: users whose state is not the oracle's, and in what.
     """
 
     num_users: int = 0
     num_events: int = 0
+    num_dropped: int = 0
     num_wrong: int = 0
     wrong: dict[int, str] = field(default_factory=dict)
 
@@ -95,6 +97,7 @@ def audit(
             found = _difference(mine, held.get(user), store)
             report.num_users += 1
             report.num_events += len(mine)
+            report.num_dropped += held[user].first if user in held else 0
             report.num_wrong += found is not None
             if found is not None and len(report.wrong) < SHOWN_MAX:
                 report.wrong[user] = found
@@ -152,11 +155,11 @@ def _difference(events: list[Accepted], held: Held | None, store: StateStore) ->
     oracle = oracle_state(events, store.config)
     current = row.user_session
     facts: dict[str, tuple[Any, Any]] = {
-        "events accepted": (row.next_ordinal, len(oracle.accepted)),
+        "events accepted": (row.next_ordinal, oracle.next_ordinal),
         "late events": (row.num_late, oracle.num_late),
         "session": (current and current._asdict(), oracle.session),
         "chunks": (row.num_chunks, len(oracle.chunks)),
-        "position": (row.position, oracle.accepted[-1].event.position if oracle.accepted else None),
+        "position": (row.position, oracle.position),
     }
     for name, (ours, theirs) in facts.items():
         if ours != theirs:
@@ -169,6 +172,7 @@ def _differing_events(row: UserState, held: Held, oracle: OracleState) -> str | 
     lists += [
         (f"chunk {number}", held.chunks.get(number, b""), chunk)
         for number, chunk in enumerate(oracle.chunks)
+        if number >= held.first
     ]
     for name, packed, numbered in lists:
         records = np.frombuffer(packed, RECORD)
@@ -180,4 +184,5 @@ def _differing_events(row: UserState, held: Held, oracle: OracleState) -> str | 
         values = np.array([n.event.value for n in numbered], "<f4")
         if not np.array_equal(records["value"], values, equal_nan=True):
             return f"{name}: value of an event"
-    return None
+    wrong = held.missing_chunks()
+    return f"chunks {wrong[:5]}: there, and marked as dropped" if wrong else None

@@ -12,10 +12,11 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from features.chunks import ChunkStore, Waiting
 from features.generations import Generations
 from features.keys import NUM_BUCKETS, bucket_of
 from features.redis import WRITTEN
-from features.row import decode_row
+from features.row import FORGET, FORMATS, ROW_FORMAT, RowFormat, decode_row
 from features.state import EMPTY_STATE, UserState, rebuild_window
 from streams.event_log import num_missing
 from streams.processor import Processor, States
@@ -51,10 +52,19 @@ _ROWS: Final = 500
 
 @dataclass(frozen=True)
 class Held:
-    """What a generation has of one user: row and waiting chunks."""
+    """What a generation has of one user: row and waiting chunks.
+
+    Attributes:
+        first: chunks before it are marked as having left for the lake.
+    """
 
     row: bytes
     chunks: Mapping[int, bytes]
+    first: int = 0
+
+    def missing_chunks(self) -> list[int]:
+        """Return the chunks that are neither there nor marked, or there although marked."""
+        return Waiting(self.first, dict(self.chunks)).missing(decode_row(self.row).num_chunks)
 
 
 @dataclass
@@ -65,6 +75,7 @@ class MemoryStates:
     """
 
     config: StateConfig
+    row_format: RowFormat = FORMATS[ROW_FORMAT]
     rows: dict[int, bytes] = field(default_factory=dict)
     chunks: dict[int, dict[int, bytes]] = field(default_factory=dict)
     checkpoints: dict[tuple[int, int], list[int]] = field(default_factory=dict)
@@ -78,17 +89,21 @@ class MemoryStates:
             for row in [self.rows.get(user)]
         }
 
-    def write_buckets(self, writes: Sequence[BucketWrite]) -> list[int]:
+    def write_buckets(self, writes: Iterable[BucketWrite]) -> list[int]:
         """Write every bucket."""
+        replies = []
         for write in writes:
             for user, row in write.rows.items():
                 kept = self.rows[user][: row.keep] if row.keep >= 0 else b""
                 self.rows[user] = kept + row.data
                 numbers = map(int, row.chunks[::2])
                 chunks = dict(zip(numbers, row.chunks[1::2], strict=True))
+                if row.keep == FORGET:
+                    self.chunks.pop(user, None)
                 self.chunks.setdefault(user, {}).update(chunks)
             self._held(write.source, write.partition)[write.bucket] = write.advance_to
-        return [WRITTEN] * len(writes)
+            replies.append(WRITTEN)
+        return replies
 
     def read_checkpoints(self, source: int, partitions: Sequence[int]) -> dict[int, list[int]]:
         """Return each partition's next offset by bucket, -1 where there is none."""
@@ -175,7 +190,7 @@ def difference(ours: Held, theirs: Held, rules: _Rules) -> str | None:
     """Return in what two users differ, None if in nothing that can be compared."""
     same_rules = rules[0] == rules[1]
     if same_rules and ours.row == theirs.row:
-        return None if ours.chunks == theirs.chunks else _differing_chunks(ours, theirs)
+        return _differing_chunks(ours, theirs)
     mine, other = decode_row(ours.row), decode_row(theirs.row)
     for name in ("next_ordinal", "user_session", "num_late"):
         left, right = getattr(mine, name), getattr(other, name)
@@ -192,10 +207,12 @@ def difference(ours: Held, theirs: Held, rules: _Rules) -> str | None:
     return "bytes of the row" if same_rules else None
 
 
-def _differing_chunks(ours: Held, theirs: Held) -> str:
-    numbers = sorted(ours.chunks.keys() | theirs.chunks.keys())
-    wrong = [n for n in numbers if ours.chunks.get(n) != theirs.chunks.get(n)]
-    return f"chunks {wrong[:5]}"
+def _differing_chunks(ours: Held, theirs: Held) -> str | None:
+    """Return which chunks differ; those marked on either side cannot be compared."""
+    both = {n for n in ours.chunks.keys() | theirs.chunks.keys() if n >= ours.first}
+    wrong = {n for n in both if n >= theirs.first and ours.chunks.get(n) != theirs.chunks.get(n)}
+    wrong |= {*ours.missing_chunks(), *theirs.missing_chunks()}
+    return f"chunks {sorted(wrong)[:5]}" if wrong else None
 
 
 def read_applied(states: States, partitions: Mapping[int, Iterable[int]]) -> Applied:
@@ -213,15 +230,20 @@ def read_applied(states: States, partitions: Mapping[int, Iterable[int]]) -> App
 
 
 def read_held(store: StateStore, user_ids: Sequence[int]) -> dict[int, Held]:
-    """Return what a generation has of these users; a user unknown to it is left out."""
+    """Return what a generation has of these users; a user unknown to it is left out.
+
+    Rows are read first: chunks that have left since are newer than the row, and left out.
+    """
     held: dict[int, Held] = {}
-    generations = Generations(store.client)
+    chunks = ChunkStore(store.client, store.generation)
     for at in range(0, len(user_ids), _ROWS):
         users = user_ids[at : at + _ROWS]
-        chunks = generations.chunks(store.generation, users)
-        for user, row, waiting in zip(users, store.read_rows(users), chunks, strict=True):
+        rows = store.read_rows(users)
+        for user, row, waiting in zip(users, rows, chunks.read(users), strict=True):
             if row is not None:
-                held[user] = Held(row, waiting)
+                num_chunks = decode_row(row).num_chunks
+                known = {n: data for n, data in waiting.records.items() if n < num_chunks}
+                held[user] = Held(row, known, min(waiting.first, num_chunks))
     return held
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from features.events import Event
 
 
@@ -100,6 +102,17 @@ class LogHoleError(StreamError):
         self.low = low
 
 
+class OffsetGoneError(StreamError):
+    """Retention has removed records before they were read."""
+
+    def __init__(self, topic: str, partitions: Collection[int]) -> None:
+        super().__init__(
+            f"Kafka no longer has the next offsets of {topic!r} in partitions "
+            f"{sorted(partitions)}: retention has overtaken the reading. Repeat the command; what "
+            "the lake has is read from there."
+        )
+
+
 class LogTruncatedError(StreamError):
     """Kafka ends before the lake does: the topic was recreated, or the broker lost its disk."""
 
@@ -112,12 +125,6 @@ class LogTruncatedError(StreamError):
         self.partition = partition
         self.lake_end = lake_end
         self.high = high
-
-
-class LakeBusyError(StreamError):
-    """Another sink writes this partition's folder."""
-
-    retriable = True
 
 
 class DeadLetterError(StreamError):
@@ -154,6 +161,10 @@ class OutOfStepError(StreamError):
     """Redis does not stand where this worker left it; reading its checkpoints again mends that."""
 
     retriable = True
+
+
+class ForgetError(StreamError):
+    """A user cannot be forgotten everywhere yet; the message says what is missing."""
 
 
 class HistoryGoneError(StreamError):

@@ -27,10 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    import redis
-
     from features.config import StateConfig
     from features.generations import Built
+    from features.redis_client import RedisClient
     from streams.event_log import EventLog
     from streams.kafka import KafkaConfig
     from streams.topics import Topics
@@ -61,7 +60,7 @@ class Installation:
 
     kafka: KafkaConfig
     topics: Topics
-    client: redis.Redis
+    client: RedisClient
 
     def store(self, generation: int) -> StateStore:
         """Return a generation's state under its recorded rules.

@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+import msgspec
+
 from features.errors import InvalidEventError
 from features.events import (
     CONTENT_TYPE_HEADER,
     MSGPACK_TYPE,
+    VALUE_BYTES_MAX,
+    decode_checked,
     decode_event,
     domain_hash,
     event_hash,
@@ -28,7 +32,7 @@ if TYPE_CHECKING:
 Headers = list[tuple[str, bytes | None]]
 
 
-class Record(NamedTuple):
+class Record(msgspec.Struct, frozen=True, gc=False):
     """One Kafka record as the broker handed it out."""
 
     partition: int
@@ -87,6 +91,24 @@ def accept_record(record: Record, config: StateConfig) -> Event:
     return event
 
 
+def _plain_event(record: Record, codes: dict[str, int], tolerance_ms: int) -> Event | None:
+    """Return the event if it is one beyond doubt, which almost all are; None leaves it open.
+
+    The same judgement as `accept_record`, by the decoder itself and without reasons.
+    """
+    value = record.value
+    if record.headers is not None or value is None or len(value) > VALUE_BYTES_MAX:
+        return None
+    event = decode_checked(value, record.key)
+    if (
+        event is None
+        or event.action not in codes
+        or event.event_time_ms - record.append_time_ms > tolerance_ms
+    ):
+        return None
+    return event
+
+
 def to_accepted(event: Event, record: Record, codes: dict[str, int], source: int = 0) -> Accepted:
     """Return a valid event as the step takes it."""
     return Accepted(
@@ -108,25 +130,27 @@ def sort_records(records: Sequence[Record], config: StateConfig, source: int = 0
     Only what comes after a seal is passed over: `moveline repartition` moves it.
     """
     batch = MicroBatch()
-    codes = {action: code for code, action in enumerate(config.actions)}
-    streamed = frozenset(config.stream_actions)
-    by_user = batch.by_user
+    codes, entering = config.codes, config.entering
+    tolerance_ms = config.future_tolerance_ms
+    by_user, domains, ends = batch.by_user, batch.domains, batch.ends
     for record in records:
         batch.num_records += 1
-        batch.ends[record.partition] = record.offset + 1
-        try:
-            event = accept_record(record, config)
-        except InvalidEventError as error:
-            if is_seal(record.key, record.value, record.headers):
-                return _sort_sealed(records, config, source)
-            batch.dead_letters.append(DeadLetter(record, error.reason, error.detail))
-            continue
-        if event.action not in streamed:
+        ends[record.partition] = record.offset + 1
+        event = _plain_event(record, codes, tolerance_ms)
+        if event is None:
+            try:
+                event = accept_record(record, config)
+            except InvalidEventError as error:
+                if is_seal(record.key, record.value, record.headers):
+                    return _sort_sealed(records, config, source)
+                batch.dead_letters.append(DeadLetter(record, error.reason, error.detail))
+                continue
+        if event.action not in entering:
             batch.num_outside += 1
             continue
         accepted = to_accepted(event, record, codes, source)
         if event.domain is not None:
-            batch.domains[accepted.domain] = event.domain
+            domains[accepted.domain] = event.domain
         events = by_user.get(event.user_id)
         if events is None:
             by_user[event.user_id] = [accepted]

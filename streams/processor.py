@@ -10,21 +10,22 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from itertools import tee
 from typing import TYPE_CHECKING, Final, Protocol
 
 from features.keys import bucket_of
 from features.redis import WRITTEN, BucketWrite
-from features.row import encode_write
 from features.state import PartitionMovedError, UserState, step
 from streams.errors import OutOfStepError
 from streams.placement import partitions_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from features.config import StateConfig
-    from features.row import RowWrite
+    from features.row import RowFormat
     from features.state import Accepted, Change
+    from streams.chunk_cap import ChunkCap
     from streams.micro_batch import MicroBatch
 
 # States of idle users cost memory and save one read each; the rest is re-read when it returns.
@@ -35,12 +36,17 @@ _STATE_OVERHEAD_BYTES: Final = 3_500
 class States(Protocol):
     """What the processor needs of Redis: `features.redis.StateStore` keeps these promises."""
 
+    @property
+    def row_format(self) -> RowFormat:
+        """What rows are written in."""
+        ...
+
     def load(self, user_ids: Sequence[int]) -> dict[int, UserState]:
         """Return whole states, EMPTY_STATE for users that have none."""
         ...
 
-    def write_buckets(self, writes: Sequence[BucketWrite]) -> list[int]:
-        """Write each bucket whole or not at all."""
+    def write_buckets(self, writes: Iterable[BucketWrite]) -> list[int]:
+        """Write each bucket whole or not at all; `writes` may be made while it is written."""
         ...
 
     def read_checkpoints(self, source: int, partitions: Sequence[int]) -> dict[int, list[int]]:
@@ -106,6 +112,7 @@ class Processor:
         source: which topic of the event log its events come from.
         num_partitions: over which that topic's keys are distributed; None leaves it unchecked.
         checkpoints: by partition, the next offset of each bucket as this worker left it in Redis.
+        chunk_cap: what is told of users whose chunks Redis has acknowledged; None keeps them all.
     """
 
     states: States
@@ -114,6 +121,7 @@ class Processor:
     num_partitions: int | None = None
     cache: StateCache = field(default_factory=StateCache)
     checkpoints: dict[int, list[int]] = field(default_factory=dict)
+    chunk_cap: ChunkCap | None = None
 
     def assign(self, partitions: Sequence[int]) -> dict[int, int]:
         """Learn where Redis stands; return the offset to read each partition from.
@@ -161,9 +169,8 @@ class Processor:
         loaded = time.perf_counter()
         changes = {user: step(before[user], events, self.config) for user, events in todo.items()}
         self._refuse_ahead(changes)
-        writes = self._bucket_writes(todo, before, changes, batch.ends)
         stepped = time.perf_counter()
-        self._write(writes)
+        self._write(self._bucket_writes(todo, before, changes, batch.ends))
         self._settle(before, changes, report)
         report.load_s = loaded - started
         report.step_s = stepped - loaded
@@ -256,28 +263,26 @@ class Processor:
         before: Mapping[int, UserState],
         changes: Mapping[int, Change],
         ends: Mapping[int, int],
-    ) -> list[BucketWrite]:
+    ) -> Iterator[BucketWrite]:
         num_actions = len(self.config.actions)
-        rows: dict[tuple[int, int], dict[int, RowWrite]] = {}
-        for user, change in changes.items():
-            place = (todo[user][0].position.partition, bucket_of(user))
+        encode_write = self.states.row_format.encode_write
+        users: dict[tuple[int, int], list[int]] = {}
+        for user in changes:
             # Also where all were duplicates: the row that this was judged by has to be the one.
-            rows.setdefault(place, {})[user] = encode_write(before[user], change, num_actions)
-        return [
-            BucketWrite(
+            place = (todo[user][0].position.partition, bucket_of(user))
+            users.setdefault(place, []).append(user)
+        for (partition, bucket), mine in users.items():
+            yield BucketWrite(
                 bucket,
                 self.source,
                 partition,
                 self.checkpoints[partition][bucket],
                 ends[partition],
-                written,
+                {user: encode_write(before[user], changes[user], num_actions) for user in mine},
             )
-            for (partition, bucket), written in rows.items()
-        ]
 
-    def _write(self, writes: list[BucketWrite]) -> None:
-        if not writes:
-            return
+    def _write(self, writes: Iterable[BucketWrite]) -> None:
+        writes, sent = tee(writes)
         try:
             replies = self.states.write_buckets(writes)
         except Exception:
@@ -285,7 +290,7 @@ class Processor:
             self.cache.clear()
             raise
         refused = []
-        for write, reply in zip(writes, replies, strict=True):
+        for write, reply in zip(sent, replies, strict=True):
             if reply == WRITTEN:
                 self.checkpoints[write.partition][write.bucket] = write.advance_to
             else:
@@ -294,7 +299,7 @@ class Processor:
             self.cache.clear()
             first = refused[0]
             raise OutOfStepError(
-                f"{len(refused)} of {len(writes)} buckets do not stand where this worker left "
+                f"{len(refused)} of {len(replies)} buckets do not stand where this worker left "
                 f"them (first: bucket {first.bucket} of partition {first.partition}, left at "
                 f"offset {first.expected}): another worker wrote, or Redis went back."
             )
@@ -305,6 +310,9 @@ class Processor:
         for user, change in changes.items():
             report.num_applied += change.num_applied
             report.num_duplicates += change.num_duplicates
-            report.num_late += change.state.num_late - before[user].num_late
+            late_before = 0 if change.forgets else before[user].num_late
+            report.num_late += change.state.num_late - late_before
             if change.state.next_ordinal:
                 self.cache.put(user, change.state)
+            if change.chunks and self.chunk_cap is not None:
+                self.chunk_cap.note(user, change)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 from features.errors import GenerationError, StoreUnavailableError
 from features.generations import Built, Generations, start_field
 from streams.chain import Chain, claimed_chain, settled_chain
+from streams.chunk_cap import WAITING_CHUNKS_DEFAULT, keep_to_cap
 from streams.control import read_pointers
 from streams.effects import Effects
 from streams.errors import OutOfStepError, StateContendedError
@@ -55,6 +56,7 @@ class ReplayRequest:
         rate: events per second at most.
         batch_max: records in a micro-batch.
         lake: folder of the lake, for what Kafka has no more.
+        waiting_chunks_max: chunks of a user that stay in Redis when the lake has older ones.
     """
 
     origin: str = "earliest"
@@ -64,6 +66,7 @@ class ReplayRequest:
     rate: float | None = None
     batch_max: int = BATCH_MAX
     lake: Path | None = None
+    waiting_chunks_max: int = WAITING_CHUNKS_DEFAULT
 
     def built(self, logs: Sequence[EventLog]) -> Built:
         """Return what is recorded of it."""
@@ -192,7 +195,7 @@ class Replay:
                 # Nothing of this one may be applied before the one before it has ended.
                 report.num_missing += num_missing(starts, ends)
                 continue
-            processor = Processor(self.store, self.store.config, source=events.source)
+            processor = self._processor(events.source)
             effects = Effects(processor, self.catalogue, _NoDeadLetters(), self.metrics)
             before = Chain(chain.sources[: events.source + 1])
             try:
@@ -204,6 +207,18 @@ class Replay:
                 retired is not None and any(end < retired[str(p)] for p, end in ends.items())
             )
         return True
+
+    def _processor(self, source: int) -> Processor:
+        # Kept to here as well: a rebuild must not need more memory than what it rebuilds.
+        cap = keep_to_cap(
+            self.store,
+            self.request.lake,
+            self.topics.at(0).events,
+            self.metrics,
+            chunks_max=self.request.waiting_chunks_max,
+        )
+        store = self.store.as_recorded()
+        return Processor(store, store.config, source=source, chunk_cap=cap)
 
     def _claim(self, logs: Sequence[EventLog]) -> Built:
         generation = self.store.generation
@@ -286,6 +301,8 @@ class _Run:
         self.report.num_applied += report.num_applied
         self.report.num_duplicates += report.num_duplicates
         self.report.dead_letters.update(letter.reason.value for letter in batch.dead_letters)
+        if self.effects.processor.chunk_cap is not None:
+            self.effects.processor.chunk_cap.drop()
         if time.monotonic() - self.kept_at > IDLE_INTERVAL_S:
             self.kept_at = time.monotonic()
             self.effects.processor.advance_idle({**self.positions, **batch.ends})

@@ -16,7 +16,6 @@ from streams.effects import Effects
 from streams.errors import OutOfStepError
 from streams.event_log import logs_of
 from streams.kafka import committed, make_producer
-from streams.processor import Processor
 from streams.worker import group_of
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
     from streams.chain import Chain, Source
     from streams.micro_batch import MicroBatch
-    from streams.processor import States
+    from streams.processor import Processor, States
     from streams.worker import Worker
 
 log = logging.getLogger("moveline.worker")
@@ -156,9 +155,7 @@ class CatchUp:
         topics = worker.topics.at(number)
         source = self.chain.sources[number]
         events = logs_of(worker.kafka, topics, self.chain, lake=worker.config.lake)[number]
-        processor = Processor(
-            worker.store, worker.store.config, source=number, num_partitions=source.num_partitions
-        )
+        processor = worker.processor(self.chain, number)
         letters = DeadLetterProducer(make_producer(worker.kafka), topics)
         # Dead letters before what Kafka was told are safe.
         group = group_of(topics, worker.store.generation)

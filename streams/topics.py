@@ -28,6 +28,8 @@ RETENTION_MS: Final = "retention.ms"
 # with the producer's time brokers refuse records dated ahead and retention eats backfills.
 _LOG: Final = {TIMESTAMP_TYPE: "LogAppendTime", CLEANUP_POLICY: "delete", RETENTION_MS: "-1"}
 _TABLE: Final = {CLEANUP_POLICY: "compact"}
+# What was served is compared within days; it names users, so it is not kept for longer.
+_SERVED: Final = {CLEANUP_POLICY: "delete", RETENTION_MS: "604800000"}
 # A hint that was not followed within the hour has been overtaken by many others.
 _HINTS: Final = {CLEANUP_POLICY: "delete", RETENTION_MS: "3600000"}
 
@@ -102,6 +104,11 @@ class Topics:
         """Hints of work for the near-line app; none of them is the record of it."""
         return f"{self.prefix}.nearline"
 
+    @property
+    def feature_log(self) -> str:
+        """What `recommend` read of sampled users and answered, keyed by decimal user_id."""
+        return f"{self.prefix}.feature-log"
+
     def specs(
         self, partitions: int = DEFAULT_PARTITIONS, replication: int = 1
     ) -> tuple[TopicSpec, ...]:
@@ -144,6 +151,13 @@ class Topics:
                 settings=_HINTS,
                 required=(CLEANUP_POLICY,),
                 is_any_width=True,
+            ),
+            TopicSpec(
+                name=self.feature_log,
+                num_partitions=1,
+                replication=replication,
+                settings=_SERVED,
+                required=(CLEANUP_POLICY,),
             ),
         )
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from features.errors import StoreFullError, StoreUnavailableError
 from features.state import PartitionMovedError
 from streams.chain import claimed_chain
+from streams.chunk_cap import WAITING_CHUNKS_DEFAULT, keep_to_cap
 from streams.control import read_pointers
 from streams.dead_letters import DeadLetterProducer
 from streams.effects import Effects
@@ -31,7 +32,7 @@ from streams.lake_fill import fill_from_lake
 from streams.log_watch import LogWatch
 from streams.metrics import WorkerMetrics
 from streams.micro_batch import Record
-from streams.processor import Processor
+from streams.processor import CACHE_BYTES_DEFAULT, Processor, StateCache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
@@ -80,6 +81,8 @@ class WorkerConfig:
         batch_wait_s: how long a micro-batch may wait to fill: the floor of freshness.
         session_timeout_ms: silence after which the group gives this worker's partitions away.
         lake: folder of the event log, for what Kafka no longer has; None does without.
+        waiting_chunks_max: chunks of a user that stay in Redis when the lake has older ones.
+        cache_bytes_max: states kept in memory, as the cache counts them.
     """
 
     instance: str | None = None
@@ -87,6 +90,8 @@ class WorkerConfig:
     batch_wait_s: float = 0.01
     session_timeout_ms: int = 10_000
     lake: Path | None = None
+    waiting_chunks_max: int = WAITING_CHUNKS_DEFAULT
+    cache_bytes_max: int = CACHE_BYTES_DEFAULT
 
 
 @dataclass
@@ -126,12 +131,7 @@ class Worker:
         """Consume one topic of the log; return whether it goes on in another. See `run`."""
         from streams.retired import CatchUp  # noqa: PLC0415 - it reads as a worker does
 
-        processor = Processor(
-            self.store,
-            self.store.config,
-            source=chain.current,
-            num_partitions=chain.newest.num_partitions,
-        )
+        processor = self.processor(chain, chain.current)
         letters = DeadLetterProducer(make_producer(self.kafka), self.topics)
         group = group_of(self.topics, self.store.generation)
         run = _Run(
@@ -168,6 +168,26 @@ class Worker:
             consumer.close()
             log.info("left group %s", group)
         return run.is_over
+
+    def processor(self, chain: Chain, source: int) -> Processor:
+        """Return what applies events of one of the log's topics to the generation."""
+        store, config = self.store.as_recorded(), self.config
+        cap = keep_to_cap(
+            store,
+            config.lake,
+            self.topics.at(0).events,
+            self.metrics,
+            chunks_max=config.waiting_chunks_max,
+        )
+        cache = StateCache(config.cache_bytes_max)
+        return Processor(
+            store,
+            store.config,
+            source=source,
+            num_partitions=chain.sources[source].num_partitions,
+            cache=cache,
+            chunk_cap=cap,
+        )
 
     def _restore_pointers(self) -> None:
         """Make Redis agree with the control topic: a restored Redis may hold older pointers."""
@@ -219,6 +239,8 @@ class _Run:
     def turn(self, consumer: Consumer) -> None:
         """Take what there is through every effect; while Redis is away, wait for it."""
         try:
+            # First: chunks that leave make room in a Redis that is full.
+            self._drop_chunks()
             self._place(consumer)
             self._apply()
             self._resume(consumer)
@@ -318,6 +340,10 @@ class _Run:
                 )
                 self.done[place] = offset
                 self.sealed.add(place)
+
+    def _drop_chunks(self) -> None:
+        if self.effects.processor.chunk_cap is not None:
+            self.effects.processor.chunk_cap.drop()
 
     def _refuse_fatal(self, error: KafkaError) -> None:
         if is_fatal(error):

@@ -146,6 +146,7 @@ def features(
     config: options.Config = None,
 ) -> None:
     """Show one user's session and streams as scoring would read them right now."""
+    from features.chunks import ChunkStore
     from features.state import EMPTY_STATE
     from features.view import seen_clock_ms, view_user
 
@@ -161,10 +162,12 @@ def features(
         )
         raise typer.Exit(code=1)
     view = view_user(state, seen_clock_ms(now_ms(), state), store.config)
+    first = ChunkStore(store.client, store.generation).first_kept([user_id])[0]
+    hole = f" (0 to {first - 1} only in the lake)" if first else ""
     console.print(
         f"[bold]user {user_id}[/bold]  generation g{store.generation}  {view.ordinal} events  "
         f"position {state.position.partition}:{state.position.offset}  "
-        f"recent {view.recent.size}  mid-term {view.mid.size}  chunks {state.num_chunks}  "
+        f"recent {view.recent.size}  mid-term {view.mid.size}  chunks {state.num_chunks}{hole}  "
         f"late {state.num_late}"
     )
     console.print(_session_table(view, store.config.actions))

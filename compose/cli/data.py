@@ -169,7 +169,7 @@ def worker(
     from prometheus_client import start_http_server
 
     from features.generations import Generations
-    from streams.worker import Worker, WorkerConfig
+    from streams.worker import Worker
 
     settings = options.settings_of(
         config, kafka=kafka, redis=redis, lake=lake_path, generation=generation
@@ -182,12 +182,7 @@ def worker(
         topics,
         store,
         catalogue,
-        WorkerConfig(
-            instance=instance or settings.worker.instance,
-            batch_max=settings.worker.batch_max,
-            batch_wait_s=batch_wait or settings.worker.batch_wait_s,
-            lake=settings.lake.path,
-        ),
+        options.worker_config(settings, instance=instance, batch_wait_s=batch_wait),
     )
     port = settings.worker.metrics_port if metrics_port is None else metrics_port
     gc.set_threshold(GC_THRESHOLD)

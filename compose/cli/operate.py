@@ -101,7 +101,7 @@ def generations(
     config: options.Config = None,
 ) -> None:
     """List the generations: how each was built, how far it is, which one is live."""
-    found = _installation(options.settings_of(config, kafka=kafka, redis=redis)).list()
+    found = installation(options.settings_of(config, kafka=kafka, redis=redis)).list()
     table = Table("generation", "is", "rules", "built", title="generations", title_justify="left")
     table.add_column("users", justify="right")
     table.add_column("lag", justify="right")
@@ -139,7 +139,7 @@ def audit(
     from streams.event_log import some_buckets
 
     settings = options.settings_of(config, kafka=kafka, redis=redis, lake=lake)
-    here = _installation(settings)
+    here = installation(settings)
     store = here.store(_number(generation))
     built = Generations(here.client).built(store.generation)
     origin = "earliest" if built is None else built.origin
@@ -172,7 +172,7 @@ def promote(
     """Make a generation the live one for every reader; `moveline demote` takes it back."""
     from streams.generations import LAG_MAX
 
-    here = _installation(options.settings_of(config, kafka=kafka, redis=redis))
+    here = installation(options.settings_of(config, kafka=kafka, redis=redis))
     done = here.promote(
         _number(generation),
         model_version=model_version,
@@ -194,7 +194,7 @@ def demote(
     """Take the last promotion back. The generation before must have been followed meanwhile."""
     from streams.generations import LAG_MAX
 
-    here = _installation(options.settings_of(config, kafka=kafka, redis=redis))
+    here = installation(options.settings_of(config, kafka=kafka, redis=redis))
     done = here.demote(
         to=None if to is None else _number(to), lag_max=LAG_MAX if max_lag is None else max_lag
     )
@@ -209,7 +209,7 @@ def drop(
     config: options.Config = None,
 ) -> None:
     """Delete a generation that is not live, in small steps that live traffic does not notice."""
-    here = _installation(options.settings_of(config, kafka=kafka, redis=redis))
+    here = installation(options.settings_of(config, kafka=kafka, redis=redis))
     num_keys = here.drop(_number(generation), shown=True)
     Console(stderr=True).print(f"{generation} is gone: {num_keys:,} keys deleted")
 
@@ -258,6 +258,7 @@ def _request(
         rate=rate,
         batch_max=settings.worker.batch_max,
         lake=settings.lake.path,
+        waiting_chunks_max=settings.worker.waiting_chunks_max,
     )
 
 
@@ -280,7 +281,7 @@ def _dry_run(
     from streams.event_log import some_buckets
     from streams.generations import UNPUBLISHED
 
-    here = _installation(settings)
+    here = installation(settings)
     live = here.store(here.live() or UNPUBLISHED)
     total = Generations(here.client).count_users()[live.generation]
     keep = some_buckets(sample / max(sample, total))
@@ -291,7 +292,7 @@ def _dry_run(
 
 
 def _follow(settings: Settings, builder: Replay, stop: StopEvent) -> None:
-    from streams.worker import Worker, WorkerConfig
+    from streams.worker import Worker
 
     Console(stderr=True).print(f"following as worker of g{builder.store.generation}, Ctrl-C ends")
     worker = Worker(
@@ -299,17 +300,13 @@ def _follow(settings: Settings, builder: Replay, stop: StopEvent) -> None:
         builder.topics,
         builder.store,
         builder.catalogue,
-        WorkerConfig(
-            instance=settings.worker.instance,
-            batch_max=settings.worker.batch_max,
-            batch_wait_s=settings.worker.batch_wait_s,
-            lake=settings.lake.path,
-        ),
+        options.worker_config(settings),
     )
     worker.run(stop)
 
 
-def _installation(settings: Settings) -> Installation:
+def installation(settings: Settings) -> Installation:
+    """Return the installation that the settings name."""
     from features.redis import connect
     from streams.generations import Installation
 
@@ -373,6 +370,8 @@ def _print_audit(report: AuditReport, generation: str) -> bool:
         f"{generation}: {report.num_users:,} users, {report.num_events:,} events: "
         f"{report.num_users - report.num_wrong:,} as the oracle says, {report.num_wrong:,} not"
     )
+    if report.num_dropped:
+        console.print(f"{report.num_dropped:,} chunks had left Redis for the lake, as marked")
     for user, what in report.wrong.items():
         console.print(f"  user {user}: {what}", highlight=False)
     return not report.num_wrong

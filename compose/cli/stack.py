@@ -74,7 +74,12 @@ def stack_options(
         model_repository=settings.model_repository,
         kafka_home=kafka_home,
         persist=persist,
-        triton_environment={"MOVELINE_REDIS__URL": "{redis}"},
+        triton_environment={
+            "MOVELINE_REDIS__URL": "{redis}",
+            "MOVELINE_KAFKA__BOOTSTRAP": "{kafka}",
+            "MOVELINE_KAFKA__PREFIX": settings.kafka.prefix,
+            "MOVELINE_FEATURE_LOG__SHARE": str(settings.feature_log.share),
+        },
     )
 
 
