@@ -19,6 +19,7 @@ from features.events import parse_id
 if TYPE_CHECKING:
     from compose.settings import Settings
     from features.skew_report import Example, SkewReport
+    from features.lake import log_topics
     from streams.skew import SkewSource
 
 # About 25 kB each with the default sizes, all in memory.
@@ -92,6 +93,7 @@ def skew(
 
 
 def _source(settings: Settings) -> SkewSource:
+    from features.lake import log_topics
     from streams.skew import SkewSource
 
     kafka, topics = options.kafka_of(settings)
@@ -99,7 +101,7 @@ def _source(settings: Settings) -> SkewSource:
     return SkewSource(
         kafka=kafka,
         feature_log=topics.feature_log,
-        events=[topics.events],
+        events=log_topics(settings.lake.path, topics.events),
         lake=settings.lake.path,
         rules=catalogue.recorded_config,
     )
