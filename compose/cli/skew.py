@@ -19,7 +19,6 @@ from features.events import parse_id
 if TYPE_CHECKING:
     from compose.settings import Settings
     from features.skew_report import Example, SkewReport
-    from features.lake import log_topics
     from streams.skew import SkewSource
 
 # About 25 kB each with the default sizes, all in memory.
