@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from features.chunks import ChunkStore
 from features.keys import PREFIX, bucket_of, parse_generation
 from features.nearline import markers_key, outbox_key
@@ -24,12 +26,13 @@ class Kept:
     Attributes:
         num_events: in tail and waiting chunks.
         next_ordinal: of the user's next event.
-        partition: of the last record applied, with its `offset`.
+        source: of the last record applied, with its `partition` and `offset`.
     """
 
     generation: int
     num_events: int
     next_ordinal: int
+    source: int
     partition: int
     offset: int
 
@@ -48,7 +51,7 @@ def kept_of(client: RedisClient, generation: int, config: StateConfig, user_id: 
     num_waiting = sum(len(records) for records in waiting.records.values())
     at = state.position
     num_events = (len(state.tail) + num_waiting) // RECORD_BYTES
-    return Kept(generation, num_events, state.next_ordinal, at.partition, at.offset)
+    return Kept(generation, num_events, state.next_ordinal, *msgspec.structs.astuple(at))
 
 
 def drop_traces(client: RedisClient, generation: int, user_id: int) -> int:

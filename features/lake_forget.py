@@ -22,8 +22,14 @@ if TYPE_CHECKING:
 
 
 def forget_user(
-    place: Place, user_id: int, *, at: int, config: StateConfig, now_ms: int, num_before: int = 0
-) -> Manifest | None:
+    place: Place,
+    user_id: int,
+    *,
+    at: int,
+    config: StateConfig,
+    now_ms: int,
+    retired: Sequence[Place] = (),
+) -> list[Manifest]:
     """No file that counts holds an event of the user before offset `at`, where the forget stands.
 
     The forget's `item_id` becomes the ordinal that the user goes on from, so that a state built
@@ -35,10 +41,10 @@ def forget_user(
         at: the offset of the forget.
         config: rules under which ordinals are counted: the live generation's.
         now_ms: kept in the manifest.
-        num_before: ordinals used up before this partition's first event.
+        retired: partitions of the log's earlier topics, oldest first.
 
     Returns:
-        The new revision, or None if there was nothing to take out.
+        The new revisions; none if there was nothing to take out.
 
     Raises:
         LakeError: the lake does not reach the forget yet, has a hole, or cannot be read.
@@ -50,25 +56,46 @@ def forget_user(
             "`moveline lake` catch up and run the command again."
         )
 
+    before = [
+        _events_of(user_id, file)
+        for one in retired
+        for file in one.files()
+        if count_user(file.path, user_id)
+    ]
+
     def plan(files: Sequence[LakeFile]) -> Iterator[Replacement]:
         mine = [file for file in files if file.start <= at and count_user(file.path, user_id)]
-        ordinal = max(num_before, _ordinal_at(mine, user_id, at, config))
+        past = [_events_of(user_id, file, until=at) for file in mine]
+        ordinal = _next_ordinal([*before, *past], config)
         for file in mine:
             events = read_file(file)
             after = _without(events, user_id, at, ordinal)
             if not after.equals(events):
                 yield Replacement((file,), after)
 
-    return rewrite(place, plan, reason="forget", now_ms=now_ms)
+    made = [rewrite(place, plan, reason="forget", now_ms=now_ms)]
+    # Last: until the forget says how many there were, they are what says it.
+    made += [
+        rewrite(one, lambda files: _all_dropped(files, user_id), reason="forget", now_ms=now_ms)
+        for one in retired
+    ]
+    return [manifest for manifest in made if manifest]
 
 
-def count_earlier(place: Place, user_id: int, *, at: int) -> int:
+def _all_dropped(files: Sequence[LakeFile], user_id: int) -> Iterator[Replacement]:
+    for file in files:
+        if count_user(file.path, user_id):
+            events = read_file(file)
+            yield Replacement((file,), events.filter(pc.not_equal(events["user_id"], user_id)))
+
+
+def count_earlier(place: Place, user_id: int, *, at: int, retired: Sequence[Place] = ()) -> int:
     """Return how many events of the user before an offset the files that count hold.
 
     Raises:
         LakeError: a hole, or a file cannot be read.
     """
-    total = 0
+    total = sum(count_user(file.path, user_id) for one in retired for file in one.files())
     for file in place.files():
         if file.start < at and count_user(file.path, user_id):
             events = read_file(file)
@@ -77,13 +104,18 @@ def count_earlier(place: Place, user_id: int, *, at: int) -> int:
     return total
 
 
-def _ordinal_at(files: Sequence[LakeFile], user_id: int, at: int, config: StateConfig) -> int:
-    """Return the ordinal that the user's events go on from after the forget at an offset."""
-    parts = []
-    for file in files:
-        events = read_file(file)
-        is_mine = pc.and_(pc.equal(events["user_id"], user_id), pc.less_equal(events["offset"], at))
-        parts.append(judged_columns(events.filter(is_mine), config)[0])
+def _events_of(user_id: int, file: LakeFile, *, until: int | None = None) -> pa.Table:
+    """Return a user's events in a file, those up to an offset if one is given."""
+    events = read_file(file)
+    is_mine = pc.equal(events["user_id"], user_id)
+    if until is not None:
+        is_mine = pc.and_(is_mine, pc.less_equal(events["offset"], until))
+    return events.filter(is_mine)
+
+
+def _next_ordinal(events: Sequence[pa.Table], config: StateConfig) -> int:
+    """Return the ordinal that a user's events go on from after these, which end with a forget."""
+    parts = [judged_columns(table, config)[0] for table in events]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     _, ordinals = number_one(columns, config.dedup_window)
     return max(ordinals[-1], int(columns["item_id"][-1]))

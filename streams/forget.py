@@ -32,7 +32,7 @@ from features.forget import (
 )
 from features.generations import Generations
 from features.lake_forget import count_earlier, forget_user
-from features.lake_revisions import KEPT_MS, Place, find_user, remove_old_revisions
+from features.lake_revisions import KEPT_MS, Place, find_user, places, remove_old_revisions
 from streams.chain import known_chain
 from streams.errors import DeliveryError, ForgetError
 from streams.kafka import make_producer, topic_settings, watermarks
@@ -65,13 +65,14 @@ class Forgotten:
     """What was done, and what was found when it was searched for afterwards.
 
     Attributes:
-        offset: of the forget in the user's partition of the events topic.
+        source: which topic of the log the forget is in, with its `partition` and `offset`.
         kept: what each generation holds now: a row without events, or with later ones.
         num_rewritten: lake revisions made.
         is_clean: whether nothing earlier was found where it could still be read by the system.
     """
 
     user_id: int
+    source: int
     partition: int
     offset: int
     kept: list[Kept] = field(default_factory=list)
@@ -79,6 +80,14 @@ class Forgotten:
     num_rewritten: int = 0
     remains: list[Remains] = field(default_factory=list)
     is_clean: bool = True
+
+    def is_reached_by(self, kept: Kept) -> bool:
+        """Return whether a generation has applied the forget."""
+        return (kept.source, kept.offset) >= (self.source, self.offset)
+
+    def is_at(self, kept: Kept) -> bool:
+        """Return whether the forget is the last record that a generation has applied."""
+        return (kept.source, kept.offset) == (self.source, self.offset)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +114,9 @@ class Forgetting:
                 to the forget in time. Running it again goes on.
             StreamError, FeatureError: Kafka, Redis or the lake refused.
         """
-        self._refuse_several_topics()
+        source = self._source()
         followed = self._followed(user_id)
-        done = Forgotten(user_id, *self._send(user_id))
+        done = Forgotten(user_id, source, *self._send(user_id, self._topic(source)))
         self._await_states(done, followed)
         for generation in Generations(self.here.client).recorded():
             done.num_traces += drop_traces(self.here.client, generation, user_id)
@@ -115,14 +124,18 @@ class Forgetting:
         self._list_remains(done)
         return done
 
-    def _refuse_several_topics(self) -> None:
+    def _source(self) -> int:
+        """Return which topic of the log takes events; raise while that is changing."""
         chain = known_chain(self.here.kafka, self.here.topics)
-        if chain.retired or chain.newest.sealing is not None:
+        if chain.newest.sealing is not None:
             raise ForgetError(
-                f"the event log has gone on in {self.here.topics.at(chain.current).events}, or is "
-                "about to, and a user cannot be forgotten over several topics yet. Nothing was "
-                "changed."
+                "a repartition was begun and has not ended: end it with `moveline repartition`, "
+                "then run the command again. Nothing was changed."
             )
+        return chain.current
+
+    def _topic(self, source: int) -> str:
+        return self.here.topics.at(source).events
 
     def _followed(self, user_id: int) -> list[int]:
         """Return the generations that will come to the forget; raise if another has the user."""
@@ -137,7 +150,7 @@ class Forgetting:
                 )
         return [info.number for info in found if info.is_followed]
 
-    def _send(self, user_id: int) -> tuple[int, int]:
+    def _send(self, user_id: int, topic: str) -> tuple[int, int]:
         """Append the forget; return its partition and offset."""
         event = Event(
             event_id=f"forget-{uuid.uuid4()}",
@@ -150,7 +163,7 @@ class Forgetting:
         failed: list[object] = []
         producer = make_producer(self.here.kafka)
         producer.produce(
-            self.here.topics.events,
+            topic,
             encode_event(event),
             b"%d" % user_id,
             on_delivery=lambda error, message: (
@@ -173,14 +186,14 @@ class Forgetting:
         recorded = Generations(self.here.client).recorded()
         while True:
             done.kept = self._kept(recorded, done.user_id)
-            reached = {kept.generation for kept in done.kept if kept.offset >= done.offset}
+            reached = {kept.generation for kept in done.kept if done.is_reached_by(kept)}
             behind = [number for number in generations if number not in reached]
             if not behind:
                 return
             if time.monotonic() > deadline:
                 raise ForgetError(
                     f"g{behind[0]} has not come to offset {done.offset} of "
-                    f"{self.here.topics.events}[{done.partition}] within {self.timeout_s:g} s: "
+                    f"{self._topic(done.source)}[{done.partition}] within {self.timeout_s:g} s: "
                     "see `moveline status`, then run the command again."
                 )
             time.sleep(_POLL_S)
@@ -195,7 +208,7 @@ class Forgetting:
     def _rewrite_lake(self, done: Forgotten) -> None:
         if self.lake is None:
             return
-        topic = self.here.topics.events
+        topic = self._topic(done.source)
         deadline = time.monotonic() + self.timeout_s
         while (lake.next_offset(self.lake, topic, done.partition) or 0) <= done.offset:
             if time.monotonic() > deadline:
@@ -205,13 +218,25 @@ class Forgetting:
                     "`moveline lake`, then run the command again."
                 )
             time.sleep(_POLL_S)
-        place = Place(self.lake, topic, done.partition)
+        place, retired = self._places(done, self.lake)
         made = forget_user(
-            place, done.user_id, at=done.offset, config=self._live_rules(), now_ms=now_ms()
+            place,
+            done.user_id,
+            at=done.offset,
+            config=self._live_rules(),
+            now_ms=now_ms(),
+            retired=retired,
         )
-        done.num_rewritten += made is not None
+        done.num_rewritten += len(made)
         if self.at_once:
-            remove_old_revisions(place, before_ms=now_ms())
+            for one in (place, *retired):
+                remove_old_revisions(one, before_ms=now_ms())
+
+    def _places(self, done: Forgotten, root: Path) -> tuple[Place, list[Place]]:
+        """Return where the lake has the forget, and every partition of earlier topics."""
+        found = places(root, self._topic(0))
+        place = Place(root, self._topic(done.source), done.partition, done.source)
+        return place, [one for one in found if one.source < done.source]
 
     def _live_rules(self) -> StateConfig:
         recorded = Generations(self.here.client).recorded()
@@ -235,7 +260,7 @@ class Forgetting:
             done.remains.append(
                 Remains(f"Redis g{kept.generation}", what, "the generation is dropped")
             )
-            done.is_clean &= kept.offset > done.offset or not kept.num_events
+            done.is_clean &= not (kept.num_events and done.is_at(kept))
         strange = [
             key
             for key in keys_of(self.here.client, done.user_id)
@@ -251,19 +276,19 @@ class Forgetting:
     def _find_in_lake(self, done: Forgotten) -> None:
         if self.lake is None:
             return
-        topic = self.here.topics.events
-        place = Place(self.lake, topic, done.partition)
-        num_earlier = count_earlier(place, done.user_id, at=done.offset)
+        place, retired = self._places(done, self.lake)
+        num_earlier = count_earlier(place, done.user_id, at=done.offset, retired=retired)
         done.is_clean &= not num_earlier
         until = f"`moveline compact`, {KEPT_MS // 3_600_000} h from now; at once: --at-once"
-        for found in find_user(self.lake, topic, done.user_id):
+        for found in find_user(self.lake, self._topic(0), done.user_id):
             if not found.is_current:
                 what = f"{found.num_events} events in a file that no new reader takes"
                 done.remains.append(Remains(f"lake {found.file.path}", what, until))
 
     def _find_in_topics(self, done: Forgotten) -> None:
         topics = self.here.topics
-        names = (topics.events, topics.sessions, topics.dead_letters, topics.feature_log)
+        logs = [self._topic(source) for source in range(done.source + 1)]
+        names = (*logs, topics.sessions, topics.dead_letters, topics.feature_log)
         settings = topic_settings(self.here.kafka, names)
         for name in names:
             retention_ms = int(settings[name].get(RETENTION_MS, "-1"))
@@ -273,7 +298,7 @@ class Forgetting:
                 else f"{retention_ms // 3_600_000} h after it was sent"
             )
             what = "closed sessions" if name == topics.sessions else "records"
-            if name == topics.events:
+            if name == logs[-1]:
                 low, _ = watermarks(self.here.kafka, name)[done.partition]
                 what = f"records in partition {done.partition}, offsets {low} to {done.offset - 1}"
             done.remains.append(Remains(f"topic {name}", f"{what} keyed {done.user_id}", until))

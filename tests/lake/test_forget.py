@@ -82,7 +82,7 @@ def test_states_are_the_same_without_the_events(
             if row["user_id"] == WHO
         ]
         assert left == [at, *(at + 1 + i for i, one in enumerate(after) if one[0] == WHO)]
-        assert forget_user(place, WHO, at=at, config=SMALL, now_ms=2) is None
+        assert forget_user(place, WHO, at=at, config=SMALL, now_ms=2) == []
 
 
 def test_what_is_replaced_can_still_be_found(place_in: Callable[[int], Place]) -> None:

@@ -18,9 +18,8 @@ from streams.audit import audit
 from streams.chain import known_chain, recorded_chain, write_chain
 from streams.compare import compare_generations
 from streams.effects import Effects
-from streams.errors import ForgetError, OutOfStepError, RepartitionError, RepartitionUnfinishedError
+from streams.errors import OutOfStepError, RepartitionError, RepartitionUnfinishedError
 from streams.event_log import EventLog
-from streams.forget import Forgetting
 from streams.kafka import end_offsets, make_producer, partition_count
 from streams.lake_chain import LogSink
 from streams.processor import Processor
@@ -344,14 +343,6 @@ def test_a_redis_from_before_the_switch_refuses_the_first_write(log: Log) -> Non
         client.restore(key, 0, value)
     with pytest.raises(OutOfStepError):
         new.apply(batch_of(record(0), source=1))
-
-
-def test_a_user_is_not_forgotten_by_halves(log: Log) -> None:
-    log.produce(10, source=0)
-    log.repartition(4)
-    with pytest.raises(ForgetError, match=r"gone on in .*events-1.*Nothing was changed"):
-        Forgetting(here=log.here, lake=None).forget(1)
-    assert set(end_offsets(log.kafka, log.topics.at(1).events).values()) == {0}
 
 
 def test_a_foreign_record_without_key_seals_nothing(log: Log) -> None:

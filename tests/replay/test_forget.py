@@ -19,7 +19,6 @@ from features.row import decode_row
 from features.state import RECORD
 from streams.audit import audit
 from streams.errors import ForgetError
-from streams.event_log import EventLog
 from streams.forget import Forgetting
 from streams.kafka import end_offsets
 from streams.lake import LakeSink
@@ -89,13 +88,8 @@ def assert_rebuilt_alike(place: Place, lake: Path) -> None:
         again = place.fresh()
         place.build(again, everything_kept(lake, origin=origin))
         assert everything(again) == everything(place.live), origin
-        events = EventLog(
-            kafka=place.kafka,
-            topic=place.topics.events,
-            lake=lake,
-            prefer_lake=origin == "lake",
-        )
-        report = audit(events, again, None, num_users=10_000)
+        logs = place.here.logs(lake=lake, prefer_lake=origin == "lake")
+        report = audit(logs, again, None, num_users=10_000)
         assert report.num_wrong == 0, report.wrong
 
 
