@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from features.redis import BucketWrite, StateStore
+    from features.row import RowFormat
 
 # Two users of one bucket; user 2 lives in another.
 NEIGHBOUR = next(user for user in range(2, 10**6) if bucket_of(user) == bucket_of(1))
@@ -177,6 +178,11 @@ class LostReply:
     """
 
     store: StateStore
+
+    @property
+    def row_format(self) -> RowFormat:
+        """Write as the real one does."""
+        return self.store.row_format
 
     def load(self, user_ids: Sequence[int]) -> dict[int, UserState]:
         """Read as the real one does."""
