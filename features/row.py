@@ -178,7 +178,7 @@ def newest_bytes(num_records: int) -> int:
     return num_records * RECORD_BYTES + TRAILER_BYTES
 
 
-def is_short(row_end: bytes, num_records: int) -> bool:
+def is_short(row_end: bytes | memoryview, num_records: int) -> bool:
     """Return whether the end of a row lacks records because of departed ids before the trailer."""
     if len(row_end) < TRAILER_BYTES:
         return False

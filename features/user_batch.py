@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
 Int64s = np.ndarray[Any, np.dtype[np.int64]]
+Row = bytes | memoryview
 Structs = np.ndarray[Any, np.dtype[np.void]]
 
 TRAILER: Final = np.dtype(
@@ -54,6 +55,7 @@ _END_BYTES: Final = 8  # crc, format and magic: what the checksum does not cover
 # How a row ends that is read by columns: no departed ids, this format. Others are few.
 _NONE_DEPARTED: Final = bytes(2)
 _DEPARTED_AT: Final = slice(-12, -10)
+_ENDING_AT: Final = slice(-4, None)
 _ENDING: Final = ROW_FORMAT.to_bytes(2, "little") + MAGIC
 
 
@@ -93,7 +95,7 @@ class UserBatch:
         config: the rules of their generation.
     """
 
-    rows: Sequence[bytes | None]
+    rows: Sequence[Row | None]
     known_B: Bools
     trailers_B: Structs
     records_BN: Structs
@@ -133,24 +135,24 @@ class UserBatch:
 
     def _inside(self, is_open: Bools, start_ms: Int64s) -> tuple[Int64s, Int64s]:
         """Return the sessions' items within the recent stream, newest last, and how many."""
-        recent = self.records_BN[:, -self.config.recent :]
-        items = recent["item_id"]
+        # Records are in the order of time, so those of a session stand together at the end, and
+        # they are no more than it has events.
+        longest = _where(is_open, self.trailers_B["num_events"]).max(initial=1)
+        recent = self.records_BN[:, -min(int(longest), self.config.recent) :]
+        items = np.ascontiguousarray(recent["item_id"])
         belongs = (recent["event_time_ms"] >= start_ms[:, None]) & is_open[:, None]
         belongs &= items != PADDING_ITEM
-        num_inside = belongs.sum(axis=1)
-        # Records are in the order of time, so those of a session stand together at the end.
-        width = max(1, int(num_inside.max(initial=0)))
-        return items[:, -width:], num_inside
+        return items, belongs.sum(axis=1)
 
     def state(self, index: int) -> UserState | None:
         """Return one user's state as an object: for logs and people, not for every user."""
         row = self.rows[index]
-        return None if row is None else decode_newest(row)[0]
+        return None if row is None else decode_newest(bytes(row))[0]
 
 
 def decode_batch(
     user_ids: Sequence[int],
-    rows: Sequence[bytes | None],
+    rows: Sequence[Row | None],
     *,
     newest: int,
     now_ms: int,
@@ -169,13 +171,7 @@ def decode_batch(
         CorruptRowError: wrong magic, format, checksum or length.
     """
     width = newest * RECORD_BYTES + TRAILER_BYTES
-    absent = bytes(width)
-    raw = np.frombuffer(
-        bytearray().join(
-            [absent if row is None else _flush_right(row, width, config) for row in rows]
-        ),
-        np.uint8,
-    ).reshape(len(rows), width)
+    raw = np.frombuffer(_flush_right(rows, width, config), np.uint8).reshape(len(rows), width)
     trailers = raw[:, -TRAILER_BYTES:].view(TRAILER)[:, 0]
     records = raw[:, :-TRAILER_BYTES].view(RECORD)
     known = np.array([row is not None for row in rows], np.bool_)
@@ -188,17 +184,27 @@ def decode_batch(
     )
 
 
-def _flush_right(row: bytes, width: int, config: StateConfig) -> bytes:
-    """Return the row's last bytes, zeros before a shorter one."""
-    if not row.endswith(_ENDING) or row[_DEPARTED_AT] != _NONE_DEPARTED:
-        state, _ = decode_newest(row)
-        row = encode_row(replace(state, departed=()), len(config.actions))
-    return row[-width:].rjust(width, b"\0")
+def _flush_right(rows: Sequence[Row | None], width: int, config: StateConfig) -> bytearray:
+    """Return the last bytes of all rows behind one another, zeros before a shorter one."""
+    zeros = bytes(width)
+    parts: list[Row] = []
+    for row in rows:
+        if row is None:
+            parts.append(zeros)
+            continue
+        usual = row
+        if row[_ENDING_AT] != _ENDING or row[_DEPARTED_AT] != _NONE_DEPARTED:
+            state, _ = decode_newest(bytes(row))
+            usual = encode_row(replace(state, departed=()), len(config.actions))
+        if len(usual) < width:
+            parts.append(zeros[len(usual) :])
+        parts.append(usual[-width:])
+    return bytearray().join(parts)
 
 
 def _refuse_damaged(
     user_ids: Sequence[int],
-    rows: Sequence[bytes | None],
+    rows: Sequence[Row | None],
     raw: np.ndarray[Any, np.dtype[np.uint8]],
     trailers: Structs,
 ) -> None:
