@@ -38,6 +38,9 @@ DEPARTED_BYTES: Final = _DEPARTED.size
 # The position's bytes, counted from the end of the row: what the write script compares.
 POSITION_FROM_END: Final = _POSITION.size + _COUNTS.size + _END.size
 POSITION_BYTES: Final = _POSITION.size
+# Where a row of this format says how many departed ids it has; nearly all have none.
+_DEPARTED_AT: Final = slice(-12, -10)
+_NONE_DEPARTED: Final = bytes(2)
 _PADDING: Final = tuple((0,) * (ACTIONS_MAX - used) for used in range(ACTIONS_MAX + 1))
 _NO_SESSION: Final = _SESSION.pack(*[0] * (5 + ACTIONS_MAX))
 
@@ -180,9 +183,9 @@ def newest_bytes(num_records: int) -> int:
 
 def is_short(row_end: bytes | memoryview, num_records: int) -> bool:
     """Return whether the end of a row lacks records because of departed ids before the trailer."""
-    if len(row_end) < TRAILER_BYTES:
+    if len(row_end) < TRAILER_BYTES or row_end[_DEPARTED_AT] == _NONE_DEPARTED:
         return False
     counts = _COUNTS.unpack_from(row_end, len(row_end) - _END.size - _COUNTS.size)
     in_row, num_departed = counts[4:6]
     held = (len(row_end) - TRAILER_BYTES - num_departed * DEPARTED_BYTES) // RECORD_BYTES
-    return bool(num_departed) and held < min(num_records, in_row)
+    return bool(held < min(num_records, in_row))

@@ -135,14 +135,13 @@ class UserBatch:
 
     def _inside(self, is_open: Bools, start_ms: Int64s) -> tuple[Int64s, Int64s]:
         """Return the sessions' items within the recent stream, newest last, and how many."""
-        # Records are in the order of time, so those of a session stand together at the end, and
-        # they are no more than it has events.
-        longest = _where(is_open, self.trailers_B["num_events"]).max(initial=1)
-        recent = self.records_BN[:, -min(int(longest), self.config.recent) :]
-        items = np.ascontiguousarray(recent["item_id"])
+        recent = self.records_BN[:, -self.config.recent :]
         belongs = (recent["event_time_ms"] >= start_ms[:, None]) & is_open[:, None]
-        belongs &= items != PADDING_ITEM
-        return items, belongs.sum(axis=1)
+        belongs &= recent["item_id"] != PADDING_ITEM
+        num_inside = belongs.sum(axis=1)
+        # Records are in the order of time, so those of a session stand together at the end.
+        width = max(1, int(num_inside.max(initial=0)))
+        return recent["item_id"][:, -width:], num_inside
 
     def state(self, index: int) -> UserState | None:
         """Return one user's state as an object: for logs and people, not for every user."""
@@ -177,7 +176,10 @@ def decode_batch(
     known = np.array([row is not None for row in rows], np.bool_)
     _refuse_damaged(user_ids, rows, raw, trailers)
     held = np.minimum(trailers["num_records"], newest)
-    records["item_id"][np.arange(newest) < newest - held[:, None]] = PADDING_ITEM
+    few = np.flatnonzero(held < newest)
+    if few.size:
+        is_padding = np.arange(newest) < newest - held[few, None]
+        records["item_id"][few] = np.where(is_padding, PADDING_ITEM, records["item_id"][few])
     newest_ms = np.where(held > 0, records["event_time_ms"][:, -1], -1)
     return UserBatch(
         rows, known, trailers, records, np.maximum(now_ms, newest_ms + 1), newest_ms, config
