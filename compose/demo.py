@@ -208,7 +208,7 @@ class Demo:
         store, _ = stores_of(self.settings)
         last = groceries.events(len(groceries) - NUM_PROBES, len(groceries))
         with EventProducer(kafka, topics.events) as producer:
-            seen = measure_freshness(producer, store, last, rate=PROBE_RATE)
+            seen = measure_freshness(producer, store, last, rate=PROBE_RATE).from_acknowledgement
         self.figures |= {"freshness_p50_ms": seen.p50_ms, "freshness_p99_ms": seen.p99_ms}
         self.console.print(
             f"broker acknowledgement to Redis: p50 {seen.p50_ms} ms, p99 {seen.p99_ms} ms"
@@ -276,7 +276,7 @@ class Demo:
                     )
                 )
         after = recommender.recommend(
-            before.user_id, k=K, min_position=(newest.partition, newest.offset), deadline_s=10.0
+            before.user_id, k=K, min_position=newest.position, deadline_s=10.0
         )
         visible_ms = (time.perf_counter() - newest.acked_s) * 1000
         changed = [one.item_id for one in after.items] != [one.item_id for one in before.items]

@@ -30,6 +30,7 @@ from pydantic_settings import (
 
 from compose.errors import ComposeError
 from features.config import DEFAULT_ACTIONS, StateConfig
+from scoring.signature import LOGGED_SHARE_DEFAULT
 
 CONFIG_FILE: Final = Path("moveline.toml")
 RUN_DIR: Final = Path(".moveline")
@@ -81,8 +82,21 @@ class WorkerSettings(_Section):
     instance: str | None = None
     batch_max: int = Field(default=30_000, ge=1, le=100_000)
     batch_wait_s: float = Field(default=0.01, ge=0.001, le=5)
+    cache_mb: int = Field(default=256, ge=1, le=1_000_000)
+    waiting_chunks_max: int = Field(default=64, ge=1, le=1_000_000)
     metrics_host: str = "0.0.0.0"  # noqa: S104 - Prometheus scrapes from elsewhere
     metrics_port: int = Field(default=9464, ge=0, le=65_535)
+
+    @property
+    def cache_bytes(self) -> int:
+        """What `cache_mb` is in bytes."""
+        return self.cache_mb * 1024 * 1024
+
+
+class FeatureLogSettings(_Section):
+    """Whose answers `recommend` logs, for the skew report; 0 logs nobody's."""
+
+    share: float = Field(default=LOGGED_SHARE_DEFAULT, ge=0, le=1)
 
 
 class StateSettings(_Section):
@@ -113,6 +127,7 @@ class Settings(BaseSettings):
     triton: TritonSettings = Field(default_factory=TritonSettings)
     lake: LakeSettings = Field(default_factory=LakeSettings)
     worker: WorkerSettings = Field(default_factory=WorkerSettings)
+    feature_log: FeatureLogSettings = Field(default_factory=FeatureLogSettings)
     state: StateSettings = Field(default_factory=StateSettings)
     model_repository: Path = Path("model_repo")
     models: Path = Path("models")

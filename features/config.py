@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Final
 
 import msgspec
 
@@ -17,6 +18,11 @@ DEFAULT_ACTIONS = (
     "purchase",
     "rating",
 )
+
+# Not an action of a user's: everything of the user's that stands before it in the log is forgotten.
+FORGET_ACTION: Final = "forget"
+# Past every code that a list of actions can have.
+FORGET_CODE: Final = 255
 
 # The session trailer holds one counter per action, so the list cannot grow past its width.
 ACTIONS_MAX = 16
@@ -57,6 +63,8 @@ class StateConfig:
             raise ValueError(
                 f"{len(self.actions)} actions; between 1 and {ACTIONS_MAX} are allowed"
             )
+        if FORGET_ACTION in self.actions:
+            raise ValueError(f"{FORGET_ACTION!r} is reserved: `moveline forget` sends it")
         unknown = set(self.stream_actions) - set(self.actions)
         if unknown:
             raise ValueError(f"stream_actions not among actions: {sorted(unknown)}")
@@ -65,6 +73,17 @@ class StateConfig:
     def tail_max(self) -> int:
         """Records the tail holds right before its oldest chunk leaves."""
         return self.recent + self.mid + self.chunk
+
+    @property
+    def codes(self) -> dict[str, int]:
+        """The code of every action that an event may carry, a forget among them."""
+        codes = {action: code for code, action in enumerate(self.actions)}
+        return {**codes, FORGET_ACTION: FORGET_CODE}
+
+    @property
+    def entering(self) -> frozenset[str]:
+        """The actions that change a state."""
+        return frozenset((*self.stream_actions, FORGET_ACTION))
 
     def to_json(self) -> bytes:
         """Return the record kept beside the generation's state."""

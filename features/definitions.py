@@ -25,6 +25,7 @@ from feast import (
 from feast.types import Array, Bool, Float32, Int64, String
 
 from features.config import StateConfig
+from features.offline import RULES_TAG, TOPIC_TAG
 from features.schema import SERVICES, views
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from features.schema import Feature, View
 
 PROJECT: Final = "moveline"
+PREFIX_DEFAULT: Final = "moveline"
+EVENTS_TOPIC_DEFAULT: Final = f"{PREFIX_DEFAULT}.events"
 LAKE_DEFAULT: Final = Path(".moveline/lake")
 _FOLDER: Final = Path(__file__).resolve().parent
 _DTYPES: Final = {"int64": Int64, "float32": Float32, "bool": Bool, "string": String}
@@ -51,19 +54,30 @@ def lake_folder(environment: Mapping[str, str]) -> Path:
     return _FOLDER.parent / environment.get("MOVELINE_LAKE__PATH", LAKE_DEFAULT)
 
 
-def render(config: StateConfig, lake: Path) -> Repository:
+def events_topic(environment: Mapping[str, str]) -> str:
+    """Return the topic whose events the lake holds for these views."""
+    return f"{environment.get('MOVELINE_KAFKA__PREFIX', PREFIX_DEFAULT)}.events"
+
+
+def render(config: StateConfig, lake: Path, topic: str = EVENTS_TOPIC_DEFAULT) -> Repository:
     """Return the Feast objects of a generation's schema.
 
     Args:
-        config: the rules whose views are rendered.
+        config: the rules whose views are rendered, and which step the event log.
         lake: folder of the event log; it may be empty or absent.
+        topic: the topic that the event log holds.
     """
     entities = {
         name: Entity(name=name, join_keys=[f"{name}_id"], value_type=ValueType.INT64)
         for name in ("user", "item")
     }
     # One object for the three views it feeds: Feast refuses two sources of one name.
-    event_log = FileSource(name="event_log", path=str(lake), timestamp_field="event_time_ms")
+    event_log = FileSource(
+        name="event_log",
+        path=str(lake),
+        timestamp_field="event_time_ms",
+        tags={TOPIC_TAG: topic, RULES_TAG: config.to_json().decode()},
+    )
     rendered = {
         view.name: _feature_view(view, entities[view.entity], _source(view, event_log, lake))
         for view in views(config)
@@ -139,7 +153,7 @@ def open_store(*, redis_url: str, registry: Path, generation: int | None = None)
             "connection_string": redis_url,
             "generation": generation,
         },
-        offline_store={"type": "dask"},
+        offline_store={"type": "features.offline.MovelineOfflineStore"},
         batch_engine="features.offline.MovelineComputeEngine",
         entity_key_serialization_version=3,
         repo_path=_FOLDER,
@@ -147,13 +161,15 @@ def open_store(*, redis_url: str, registry: Path, generation: int | None = None)
     return FeatureStore(config=config)
 
 
-def apply(store: FeatureStore, *, config: StateConfig, lake: Path) -> None:
+def apply(
+    store: FeatureStore, *, config: StateConfig, lake: Path, topic: str = EVENTS_TOPIC_DEFAULT
+) -> None:
     """Register the views of those rules, as `feast -c features apply` does."""
-    repository = render(config, lake.resolve())
+    repository = render(config, lake.resolve(), topic)
     store.apply([*repository.entities, *repository.views, *repository.services])
 
 
-_REPOSITORY: Final = render(StateConfig(), lake_folder(os.environ))
+_REPOSITORY: Final = render(StateConfig(), lake_folder(os.environ), events_topic(os.environ))
 # Feast registers what has a name here. A view added to the schema fails this line until it has one.
 user, item = _REPOSITORY.entities
 (

@@ -36,6 +36,10 @@ class CorruptRowError(FeatureError):
     """Stored bytes are not a state row this version can read."""
 
 
+class UnknownRowFormatError(CorruptRowError):
+    """A row, or a generation's record, has a format that only other builds of Moveline know."""
+
+
 class SchemaMismatchError(FeatureError):
     """A model or a reader was built for another feature schema than the state has."""
 
@@ -70,6 +74,24 @@ class GenerationError(FeatureError):
 
 class LakeError(FeatureError):
     """The event log on disk is missing, truncated or has a hole."""
+
+
+class LakeBusyError(LakeError):
+    """Another process writes the same partition's files."""
+
+    retriable = True
+
+
+class EntityFrameError(FeatureError, ValueError):
+    """A frame of users and times cannot be joined with the views asked for."""
+
+
+class FeatureLogError(FeatureError):
+    """A record of the feature log is not one this build reads."""
+
+
+class NoSuchOrdinalError(FeatureError):
+    """A user's log holds fewer events than the ordinal asks for."""
 
 
 class ReadOnlyViewError(FeatureError):

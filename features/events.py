@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
 import xxhash
 
+from features.config import FORGET_ACTION
 from features.errors import InvalidEventError, Reason
 
 if TYPE_CHECKING:
@@ -49,6 +50,19 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=Fa
     position: int | None = None
 
 
+class _Checked(Event, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+    """An event whose ranges the decoder looks at: what `judge_ranges` would refuse, it refuses."""
+
+    user_id: Annotated[int, msgspec.Meta(ge=0, le=ID_MAX)]
+    item_id: Annotated[int, msgspec.Meta(ge=0, le=ID_MAX)]
+    event_time_ms: Annotated[int, msgspec.Meta(ge=0, le=TIME_MS_MAX)]
+    v: Annotated[int, msgspec.Meta(ge=EVENT_VERSION, le=EVENT_VERSION)] = EVENT_VERSION
+    dwell_ms: Annotated[int, msgspec.Meta(ge=0, le=DWELL_MS_MAX)] | None = None
+    value: Annotated[float, msgspec.Meta(ge=-VALUE_MAX, le=VALUE_MAX)] | None = None
+    position: Annotated[int, msgspec.Meta(ge=0, le=POSITION_MAX)] | None = None
+
+
+_CHECKED_DECODER: Final = msgspec.json.Decoder(_Checked)
 _JSON_DECODER: Final = msgspec.json.Decoder(Event)
 _MSGPACK_DECODER: Final = msgspec.msgpack.Decoder(Event)
 _JSON_ENCODER: Final = msgspec.json.Encoder()
@@ -82,6 +96,20 @@ def decode_event(value: bytes | None, *, msgpack: bool = False) -> Event:
         raise InvalidEventError(Reason.MALFORMED, f"not UTF-8: {error}") from error
 
 
+def decode_checked(value: bytes | None, key: bytes | None) -> Event | None:
+    """Return the event in `value` if it is JSON and `judge_ranges` would take it; None otherwise.
+
+    None says nothing more than: decode and judge it, to learn what it is.
+    """
+    try:
+        # A value of None is a TypeError; everything else that is wrong, a ValueError.
+        event = _CHECKED_DECODER.decode(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    is_plain = key == b"%d" % event.user_id and event.action != FORGET_ACTION
+    return event if is_plain else None
+
+
 def judge_ranges(event: Event, key: bytes | None) -> None:
     """Raise unless the event is one any generation could take (these rules never change).
 
@@ -96,6 +124,10 @@ def judge_ranges(event: Event, key: bytes | None) -> None:
         raise InvalidEventError(
             Reason.ID_OUT_OF_RANGE,
             f"user_id={event.user_id} item_id={event.item_id}, allowed 0..{ID_MAX}",
+        )
+    if event.action == FORGET_ACTION and event.item_id:
+        raise InvalidEventError(
+            Reason.ID_OUT_OF_RANGE, f"item_id={event.item_id} of a forget, which is about no item"
         )
     if key != b"%d" % event.user_id:
         raise InvalidEventError(
@@ -124,12 +156,14 @@ def judge_ranges(event: Event, key: bytes | None) -> None:
 def judge_rules(event: Event, *, append_time_ms: int, config: StateConfig) -> None:
     """Raise unless the generation's own rules take the event.
 
-    The future is measured against the broker's append time, never a worker's clock: a replay
-    must judge alike.
+    A forget is taken under any rules; its time means nothing. The future is measured against the
+    broker's append time, never a worker's clock: a replay must judge alike.
 
     Raises:
         InvalidEventError: unknown action, or dated too far after its append time.
     """
+    if event.action == FORGET_ACTION:
+        return
     if event.action not in config.actions:
         raise InvalidEventError(
             Reason.UNKNOWN_ACTION, f"action {event.action!r} is not one of {list(config.actions)}"

@@ -1,13 +1,15 @@
 """The event log as Parquet: schema, file names, and reading it back in log order.
 
 `streams/lake.py` writes it. One folder per partition; each file's name carries the offsets it
-covers, [start, end], and starts where the one before it ended, so the names alone say what the
-lake holds. Files appear by rename or hard link, whole or not at all.
+covers, [start, end], and starts where the one before it ended. Files appear by rename, whole or
+not at all, and never change. Which of them count, where some were written anew, is said by
+`features/lake_manifest.py`.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -16,8 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from features.config import FORGET_CODE
 from features.errors import LakeError
 from features.events import domain_hash
+from features.lake_manifest import newest_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,6 +49,11 @@ LAKE_SCHEMA: Final = pa.schema(
     ]
 )
 Column = np.ndarray[tuple[int], np.dtype[Any]]
+# No file crosses a multiple of this, so that small ones can be merged into the same large ones by
+# whoever does it, whenever.
+BLOCK_OFFSETS: Final = 65_536
+# Dictionary columns have 16-bit codes: a row group may not hold more texts than that.
+ROW_GROUP_ROWS: Final = 32_768
 _FILE_NAME: Final = re.compile(r"^(\d{20})-(\d{20})\.parquet$")
 
 
@@ -72,29 +81,53 @@ def file_name(start: int, end: int) -> str:
     return f"{start:020d}-{end:020d}.parquet"
 
 
+def log_topics(root: Path, topic: str) -> list[str]:
+    """Return the log's topics that the lake has, oldest first: `topic`, `topic-1`, ...
+
+    A user's events in one of them come before those in the next: `moveline repartition` saw to it.
+    """
+    later = itertools.takewhile(
+        lambda name: (root / name).is_dir(), (f"{topic}-{number}" for number in itertools.count(1))
+    )
+    return [topic, *later]
+
+
+def as_file(partition: int, path: Path) -> LakeFile | None:
+    """Return the file at a path, None for a name that is not a published file's."""
+    match = _FILE_NAME.match(path.name)
+    return LakeFile(partition, int(match[1]), int(match[2]), path) if match else None
+
+
 def list_files(root: Path, topic: str) -> list[LakeFile]:
-    """Return the published files by partition and offset.
+    """Return the files that count, by partition and offset.
 
     Raises:
         LakeError: files of a partition overlap or leave a hole.
     """
-    folders = (root / topic).glob("partition=*")
-    partitions = sorted(int(folder.name.split("=")[1]) for folder in folders)
+    partitions = list_partitions(root, topic)
     return [file for partition in partitions for file in list_partition(root, topic, partition)]
 
 
+def list_partitions(root: Path, topic: str) -> list[int]:
+    """Return the partitions that have a folder, ascending."""
+    return sorted(int(folder.name.split("=")[1]) for folder in (root / topic).glob("partition=*"))
+
+
 def list_partition(root: Path, topic: str, partition: int) -> list[LakeFile]:
-    """Return one partition's published files by offset; none if its folder is not there.
+    """Return one partition's files that count, by offset; none if its folder is not there.
+
+    Who holds this list may read on while a newer revision appears: its files stay for a while.
 
     Raises:
-        LakeError: files overlap or leave a hole.
+        LakeError: files overlap or leave a hole, or the manifest cannot be read.
     """
     folder = partition_folder(root, topic, partition)
-    paths = folder.iterdir() if folder.is_dir() else ()
-    matches = ((path, _FILE_NAME.match(path.name)) for path in paths)
-    files = sorted(
-        LakeFile(partition, int(match[1]), int(match[2]), path) for path, match in matches if match
-    )
+    paths = list(folder.iterdir()) if folder.is_dir() else []
+    manifest = newest_manifest(folder, [path.name for path in paths])
+    listed = manifest.files if manifest else ()
+    files = [LakeFile(partition, one.start, one.end, folder / one.path) for one in listed]
+    unlisted = (file for path in paths if (file := as_file(partition, path)))
+    files += sorted(file for file in unlisted if manifest is None or file.start > manifest.end)
     for before, after in itertools.pairwise(files):
         if after.start != before.end + 1:
             raise LakeError(
@@ -120,10 +153,49 @@ def read_file(file: LakeFile) -> pa.Table:
     try:
         return pq.read_table(file.path, schema=LAKE_SCHEMA, partitioning=None)
     except (pa.ArrowException, OSError) as error:
-        raise LakeError(
-            f"{file.path} cannot be read ({error}): restore it, or delete it and every later "
-            "file of its partition and let `moveline lake` write them again."
-        ) from error
+        raise _unreadable(file, error) from error
+
+
+def num_rows(file: LakeFile) -> int:
+    """Return how many events a file holds, without reading them.
+
+    Raises:
+        LakeError: the file is missing or truncated.
+    """
+    try:
+        return int(pq.read_metadata(file.path).num_rows)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: LakeFile, error: Exception) -> LakeError:
+    return LakeError(
+        f"{file.path} cannot be read ({error}): restore it, or delete it and every later "
+        "file of its partition and let `moveline lake` write them again."
+    )
+
+
+def write_file(path: Path, table: pa.Table) -> None:
+    """The events lie at the path, durably; the name becomes visible by the caller's rename."""
+    # Dictionaries are made anew, so that no text stays whose events are left out.
+    arrays = [_encoded(table[name], LAKE_SCHEMA.field(name).type) for name in LAKE_SCHEMA.names]
+    table = pa.Table.from_arrays(arrays, schema=LAKE_SCHEMA)
+    with path.open("wb") as file:
+        pq.write_table(table, file, row_group_size=ROW_GROUP_ROWS, compression="zstd")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _encoded(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    """Return the column as the lake has it; a dictionary serves one row group (ROW_GROUP_ROWS)."""
+    if not pa.types.is_dictionary(kind):
+        return column.cast(kind)
+    texts = column.cast(pa.string()).combine_chunks()
+    chunks = [
+        texts.slice(at, ROW_GROUP_ROWS).dictionary_encode().cast(kind)
+        for at in range(0, len(texts), ROW_GROUP_ROWS)
+    ]
+    return pa.chunked_array(chunks, kind)
 
 
 def read_events(root: Path, topic: str) -> Iterator[tuple[LakeFile, pa.Table]]:
@@ -155,29 +227,43 @@ TRAINING_COLUMNS: Final = (
 def read_accepted(root: Path, topic: str, config: StateConfig) -> dict[str, Column]:
     """Return the accepted events of every user as columns, sorted by (user, arrival).
 
-    The same events as in the users' states: judged by the generation's rules, repeats within the
-    duplicate window dropped, numbered by `ordinal`.
+    `topic` is the log's first one; those that follow it are read too (`log_topics`). The same
+    events as in the users' states: judged by the generation's rules, repeats within the duplicate
+    window dropped, numbered by `ordinal`.
 
     Raises:
         LakeError: see `read_events`.
     """
-    parts = [judged_columns(table, config)[0] for _, table in read_events(root, topic)]
+    parts = [
+        judged_columns(table, config)[0]
+        for name in log_topics(root, topic)
+        for _, table in read_events(root, name)
+    ]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    # Stable: files come in log order, and a user lives in one partition.
+    return accept_columns(columns, config)
+
+
+def accept_columns(columns: dict[str, Column], config: StateConfig) -> dict[str, Column]:
+    """Return the accepted ones among judged events, sorted by (user, arrival) and numbered.
+
+    Args:
+        columns: as `judged_columns` gives them, in log order; whole users.
+        config: the generation's rules.
+    """
+    # Stable: files come in log order, and a user lives in one partition of each topic.
     order = np.argsort(columns["user_id"], kind="stable")
     columns = {name: column[order] for name, column in columns.items()}
-    keep = keep_first(columns["user_id"], columns["event_hash"], config.dedup_window)
-    columns = {name: column[keep] for name, column in columns.items()}
-    columns["ordinal"] = _count_within(columns["user_id"])
-    return {name: columns[name] for name in TRAINING_COLUMNS}
+    keep, columns["ordinal"] = _number(columns, config.dedup_window)
+    return {name: columns[name][keep] for name in TRAINING_COLUMNS}
 
 
 def judged_columns(table: pa.Table, config: StateConfig) -> tuple[dict[str, Column], Column]:
     """Return the columns of the events a generation's rules take, and which rows those are."""
-    action = _codes(table["action"], {name: i for i, name in enumerate(config.actions)})
-    streamed = np.array([name in config.stream_actions for name in config.actions])
+    codes = config.codes
+    action = _codes(table["action"], codes)
     ahead = table["event_time_ms"].to_numpy() - table["append_time_ms"].to_numpy()
-    keep = (action >= 0) & streamed[action] & (ahead <= config.future_tolerance_ms)
+    keep = np.isin(action, [codes[name] for name in config.entering])
+    keep &= (ahead <= config.future_tolerance_ms) | (action == FORGET_CODE)
     columns = {
         "user_id": table["user_id"].to_numpy(),
         "item_id": table["item_id"].to_numpy(),
@@ -210,32 +296,46 @@ def _domain_hashes(column: pa.ChunkedArray) -> Column:
     return hashed
 
 
-def keep_first(
-    users: Column,
-    hashes: Column,
-    window: int,
-) -> Column:
-    """Return which events count, given users grouped and each user's events in log order.
+def _number(columns: dict[str, Column], window: int) -> tuple[Column, Column]:
+    """Return which events count and every event's ordinal, given each user's in log order.
 
-    An event is dropped if its hash is among the last `window` *accepted* of its user. Only users
-    who repeat a hash at all need the event-by-event look; the rest is decided by one sort.
+    An event is dropped if its hash is among the last `window` *accepted* of its user, or if the
+    user was forgotten after it. Only users who repeat a hash or were forgotten at all need the
+    event-by-event look; the rest is decided by one sort.
     """
-    keep = np.ones(users.size, bool)
+    users, hashes = columns["user_id"], columns["event_hash"]
+    keep, ordinals = np.ones(users.size, bool), _count_within(users)
     order = np.lexsort((hashes, users))
     same = (users[order][1:] == users[order][:-1]) & (hashes[order][1:] == hashes[order][:-1])
-    for user in np.unique(users[order][1:][same]):
+    forgotten = users[columns["action"] == FORGET_CODE]
+    for user in np.union1d(users[order][1:][same], forgotten):
         # Not `user + 1`: the largest id has no successor in 64 bits.
         start, end = np.searchsorted(users, user, "left"), np.searchsorted(users, user, "right")
-        last_ordinal: dict[int, int] = {}
-        ordinal = 0
-        for i in range(start, end):
-            seen = last_ordinal.get(int(hashes[i]))
-            if seen is not None and ordinal - seen <= window:
-                keep[i] = False
-                continue
-            last_ordinal[int(hashes[i])] = ordinal
+        mine = {name: column[start:end] for name, column in columns.items()}
+        keep[start:end], ordinals[start:end] = number_one(mine, window)
+    return keep, ordinals
+
+
+def number_one(columns: dict[str, Column], window: int) -> tuple[list[bool], list[int]]:
+    """Return the same for the events of one user, one by one."""
+    keep: list[bool] = []
+    ordinals: list[int] = []
+    last_ordinal: dict[int, int] = {}
+    ordinal = 0
+    fields = (columns[name].tolist() for name in ("event_hash", "action", "item_id"))
+    for event_hash, action, item_id in zip(*fields, strict=True):
+        ordinals.append(ordinal)
+        if action == FORGET_CODE:
+            keep = [False] * len(ordinals)
+            last_ordinal = {}
+            ordinal = max(ordinal, item_id)
+            continue
+        seen = last_ordinal.get(event_hash)
+        keep.append(seen is None or ordinal - seen > window)
+        if keep[-1]:
+            last_ordinal[event_hash] = ordinal
             ordinal += 1
-    return keep
+    return keep, ordinals
 
 
 def _count_within(users: Column) -> Column:

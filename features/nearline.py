@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import msgspec
 import numpy as np
 
+from features.chunks import decode_chunks
 from features.keys import PREFIX, chunks_key, row_key
 from features.redis_client import execute, mapped_errors, pipelined, run_script, scan_step
 from features.state import RECORD
@@ -212,7 +213,7 @@ class SessionStore:
         chunks = [("HGETALL", chunks_key(self.generation, user)) for user in user_ids]
         replies = pipelined(self.client, [*rows, *chunks], "reading users' histories")
         return [
-            (row, np.frombuffer(b"".join(waiting.values()), RECORD))
+            (row, np.frombuffer(b"".join(decode_chunks(waiting).records.values()), RECORD))
             for row, waiting in zip(replies[: len(user_ids)], replies[len(user_ids) :], strict=True)
         ]
 

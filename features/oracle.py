@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from features.config import StateConfig
-    from features.state import Accepted
+    from features.state import Accepted, Position
 
 
 class Numbered(NamedTuple):
@@ -23,8 +23,10 @@ class Numbered(NamedTuple):
 
 
 class OracleState(NamedTuple):
-    """What a user's state should say."""
+    """What a user's state should say; `accepted` leaves out what was forgotten."""
 
+    next_ordinal: int
+    position: Position | None
     accepted: list[Numbered]
     tail: list[Numbered]
     chunks: list[list[Numbered]]
@@ -33,13 +35,24 @@ class OracleState(NamedTuple):
 
 
 def accept(events: Iterable[Accepted], config: StateConfig) -> list[Numbered]:
-    """Return the events that count, numbered: repeats within the window are left out."""
+    """Return the events that count, numbered: not repeats within the window, not the forgotten."""
+    return _accept(events, config)[0]
+
+
+def _accept(
+    events: Iterable[Accepted], config: StateConfig
+) -> tuple[list[Numbered], int, Position | None]:
     accepted: list[Numbered] = []
+    next_ordinal, position = 0, None
     for event in events:
         recent_ids = [n.event.event_hash for n in accepted[-config.dedup_window :]]
-        if event.event_hash not in recent_ids:
-            accepted.append(Numbered(len(accepted), event))
-    return accepted
+        if event.is_forget:
+            accepted = []
+            next_ordinal, position = max(next_ordinal, event.item_id), event.position
+        elif event.event_hash not in recent_ids:
+            accepted.append(Numbered(next_ordinal, event))
+            next_ordinal, position = next_ordinal + 1, event.position
+    return accepted, next_ordinal, position
 
 
 def cut(
@@ -90,7 +103,7 @@ def sessions(accepted: list[Numbered], config: StateConfig) -> tuple[dict[str, o
 
 def oracle_state(events: Iterable[Accepted], config: StateConfig) -> OracleState:
     """Return the state after a user's valid events, in log order, from nothing."""
-    accepted = accept(events, config)
+    accepted, next_ordinal, position = _accept(events, config)
     tail, chunks = cut(accepted, config)
     session, num_late = sessions(accepted, config)
-    return OracleState(accepted, tail, chunks, num_late, session)
+    return OracleState(next_ordinal, position, accepted, tail, chunks, num_late, session)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from itertools import tee
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 import msgspec
 
@@ -29,13 +30,20 @@ from features.redis_client import (
     read_strings,
     run_script,
     scan,
+    streamed,
 )
 from features.row import (
+    FORMATS,
     POSITION_FROM_END,
+    ROW_FORMAT,
+    RowFormat,
     RowWrite,
+    as_foreign,
     decode_newest,
     decode_row,
+    format_of,
     is_short,
+    known_format,
     newest_bytes,
 )
 from features.state import EMPTY_STATE, UserState, rebuild_window
@@ -111,11 +119,18 @@ def _script_digest() -> str:
 
 @dataclass(frozen=True)
 class StateStore:
-    """State of one generation in Redis."""
+    """State of one generation in Redis.
+
+    Attributes:
+        row_format: what rows are written in: see `as_recorded`.
+        formats: what rows can be read.
+    """
 
     client: RedisClient
     generation: int
     config: StateConfig
+    row_format: RowFormat = FORMATS[ROW_FORMAT]
+    formats: Mapping[int, RowFormat] = field(default_factory=lambda: FORMATS)
 
     def ping(self) -> None:
         """Return once Redis answers.
@@ -162,6 +177,30 @@ class StateStore:
                 f"{self.config.to_json()!r}: use the recorded rules, or another generation."
             )
 
+    def as_recorded(self) -> Self:
+        """Return this store as one that writes the row format its generation's record names.
+
+        Workers of two builds may keep one generation: until all of them know a format, nobody
+        writes it. Who was started before the record changed goes on as before.
+
+        Raises:
+            UnknownRowFormatError: this build does not know it.
+        """
+        with mapped_errors("reading the generation's row format"):
+            number = execute(self.client, "GET", keys.row_format_key(self.generation))
+        row_format = known_format(int(number or ROW_FORMAT), self.formats)
+        return replace(self, row_format=row_format)
+
+    def record_row_format(self, number: int) -> None:
+        """Let writers of this generation that start from now on write rows in that format.
+
+        Raises:
+            UnknownRowFormatError: this build does not know it.
+        """
+        known_format(number, self.formats)
+        with mapped_errors("recording the generation's row format"):
+            execute(self.client, "SET", keys.row_format_key(self.generation), number)
+
     def load(self, user_ids: Sequence[int]) -> dict[int, UserState]:
         """Return each user's whole state, EMPTY_STATE for users Redis does not know.
 
@@ -172,14 +211,19 @@ class StateStore:
         rows = self._pipelined(
             [("GET", keys.row_key(self.generation, user)) for user in user_ids], "loading states"
         )
-        window = self.config.dedup_window
-        return {
-            user: EMPTY_STATE if row is None else rebuild_window(decode_row(row), window)
-            for user, row in zip(user_ids, rows, strict=True)
-        }
+        return {user: self._state_in(row) for user, row in zip(user_ids, rows, strict=True)}
 
-    def write_buckets(self, writes: Sequence[BucketWrite]) -> list[int]:
+    def _state_in(self, row: bytes | None) -> UserState:
+        if row is None:
+            return EMPTY_STATE
+        state = rebuild_window(decode_row(row, self.formats), self.config.dedup_window)
+        is_ours = format_of(row, self.formats).number == self.row_format.number
+        return state if is_ours else as_foreign(state)
+
+    def write_buckets(self, writes: Iterable[BucketWrite]) -> list[int]:
         """Write each bucket whole or not at all; return a reply for each.
+
+        Redis works on the first ones while `writes` still yields later ones.
 
         WRITTEN, or what differed from what the write was computed from: CHECKPOINT_DIFFERS when
         Redis is older or another worker wrote, a negative number for a user's row.
@@ -187,26 +231,33 @@ class StateStore:
         Raises:
             StoreError: Redis did not answer or is full; some buckets may be written.
         """
-        commands = [self._bucket_command(write) for write in writes]
+        writes, again = tee(writes)
         try:
-            return self._pipelined(commands, "writing states")
+            return self._streamed(writes)
         except ScriptMissingError:
             load_script(self.client, _script())
-            return self._pipelined(commands, "writing states")
+            return self._streamed(again)
+
+    def _streamed(self, writes: Iterable[BucketWrite]) -> list[int]:
+        return streamed(self.client, map(self._bucket_command, writes), "writing states")
 
     def _bucket_command(self, write: BucketWrite) -> tuple[Any, ...]:
-        names = [keys.checkpoints_key(self.generation, write.bucket)]
         values: list[Any] = [
             b"%d:%d" % (write.source, write.partition),
             b"" if write.expected < 0 else b"%d" % write.expected,
             write.advance_to,
             POSITION_FROM_END,
         ]
-        for user, row in write.rows.items():
-            names.append(keys.row_key(self.generation, user))
-            names.append(keys.chunks_key(self.generation, user))
-            values += (row.expected, row.keep, row.data, len(row.chunks), *row.chunks)
-        return ("EVALSHA", _script_digest(), len(names), *names, *values)
+        for expected, keep, data, chunks in write.rows.values():
+            values += (expected, keep, data, len(chunks), *chunks)
+        return (
+            "EVALSHA",
+            _script_digest(),
+            1 + 2 * len(write.rows),
+            keys.checkpoints_key(self.generation, write.bucket),
+            *keys.user_keys(self.generation, write.bucket, write.rows),
+            *values,
+        )
 
     def read_checkpoints(self, source: int, partitions: Sequence[int]) -> dict[int, list[int]]:
         """Return for each partition the next offset of each bucket, -1 where there is none."""
@@ -233,7 +284,7 @@ class StateStore:
             CorruptRowError: stored bytes are not a row.
         """
         rows = self.read_rows(user_ids, newest=newest)
-        return [None if row is None else decode_newest(row)[0] for row in rows]
+        return [None if row is None else decode_newest(row, self.formats)[0] for row in rows]
 
     def read_rows(
         self, user_ids: Sequence[int], *, newest: int | None = None

@@ -31,7 +31,7 @@ from features.errors import StoreError, StoreFullError, StoreUnavailableError
 from features.redis_address import RedisAddress, parse_address
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     Command = tuple[Any, ...]
 
@@ -51,6 +51,9 @@ _FRAME_BYTES_MAX: Final = 1_024
 _STRING: Final = ord("$")
 # As much as one system call takes at most.
 _RECEIVE_BYTES: Final = 1 << 20
+# Redis works on what has come while the next part is put together. Smaller parts cost more system
+# calls, larger ones let it wait.
+SEND_BYTES: Final = 64 * 1024
 # Where the first key stands in commands that do not begin with it.
 _KEY_AT: Final = {"EVALSHA": 3, "EVAL": 3, "FCALL": 3}
 
@@ -192,6 +195,10 @@ def _in_turn(
     for start in range(0, len(commands), PIPELINE_MAX):
         with mapped_errors(doing):
             replies += _run(client, commands[start : start + PIPELINE_MAX], receive)
+    return _without_errors(replies, doing)
+
+
+def _without_errors(replies: list[Any], doing: str) -> list[Any]:
     for reply in replies:
         if isinstance(reply, NoScriptError):
             raise ScriptMissingError(str(reply))
@@ -199,6 +206,50 @@ def _in_turn(
             with mapped_errors(doing):
                 raise reply
     return replies
+
+
+def streamed(client: RedisClient, commands: Iterable[Command], doing: str) -> list[Any]:
+    """Do as `pipelined` does while `commands` are still being made: the first are sent already.
+
+    Where one server has all the keys, it works while the next commands are put together. Replies
+    wait in the socket meanwhile, so they have to be small.
+    """
+    if isinstance(client, RedisCluster):
+        return pipelined(client, list(commands), doing)
+    with mapped_errors(doing):
+        replies = _exchange_streamed(client, commands)
+    return _without_errors(replies, doing)
+
+
+def _exchange_streamed(client: redis.Redis, commands: Iterable[Command]) -> list[Any]:
+    pool = client.connection_pool
+    connection: _Untyped = pool.get_connection()
+    try:
+        num_sent = _send(connection, commands)
+        return [_reply(client, connection, "EVALSHA") for _ in range(num_sent)]
+    except BaseException:
+        # Replies that nobody has read must not reach the next user.
+        connection.disconnect()
+        raise
+    finally:
+        pool.release(connection)
+
+
+def _send(connection: _Untyped, commands: Iterable[Command]) -> int:
+    """Send commands in parts as they come; return how many there were."""
+    num_sent = num_bytes = 0
+    parts: list[bytes] = []
+    for command in commands:
+        num_sent += 1
+        for part in connection.pack_command(*command):
+            parts.append(part)
+            num_bytes += len(part)
+        if num_bytes >= SEND_BYTES:
+            connection.send_packed_command([b"".join(parts)])
+            parts, num_bytes = [], 0
+    if parts:
+        connection.send_packed_command([b"".join(parts)])
+    return num_sent
 
 
 def _run(client: RedisClient, commands: Sequence[Command], receive: Receive) -> list[Any]:
@@ -253,13 +304,14 @@ def _exchange(
 
 def _receive(server: _Untyped, connection: _Untyped, commands: Sequence[Command]) -> list[Any]:
     """Return redis-py's idea of each reply, errors among them."""
-    replies: list[Any] = []
-    for command in commands:
-        try:
-            replies.append(server.parse_response(connection, command[0]))
-        except ResponseError as error:
-            replies.append(error)
-    return replies
+    return [_reply(server, connection, command[0]) for command in commands]
+
+
+def _reply(server: _Untyped, connection: _Untyped, name: str) -> Any:  # noqa: ANN401 - Redis replies
+    try:
+        return server.parse_response(connection, name)
+    except ResponseError as error:
+        return error
 
 
 def _receive_strings(connection: _Untyped, count: int, bytes_max: int) -> list[Any]:

@@ -8,12 +8,12 @@ thing the slow, obvious way.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 import numpy as np
 
+from features.config import FORGET_CODE
 from features.errors import FeatureError
 
 if TYPE_CHECKING:
@@ -36,9 +36,13 @@ RECORD: Final = np.dtype(
     ]
 )
 RECORD_BYTES: Final = RECORD.itemsize
-_PACK_RECORD: Final = struct.Struct("<qqQQIifB3x")
+_PACK_RECORD: Final = struct.Struct("<qqQQIifB3x").pack
+_HASH_AT: Final = slice(24, 32)
 _TIME_AT: Final = struct.Struct("<8xq")
 _HASH_BYTES: Final = 8
+# From this many events of a user on, one pass over the duplicate window is cheaper than a search
+# for each: measured, see benchmarks/bench_ingest.py.
+_MANY: Final = 12
 _NO_TIME: Final = -(2**63)
 NO_DWELL: Final = -1
 NO_VALUE: Final = float("nan")
@@ -67,6 +71,15 @@ class Accepted(msgspec.Struct, frozen=True, gc=False):
     value: float
     action: int
 
+    @property
+    def is_forget(self) -> bool:
+        """Whether this is no event of the user's but the wish that those before it be forgotten.
+
+        Its `item_id` is the least ordinal to go on from: the lake, where earlier events are gone,
+        says there how many there were.
+        """
+        return self.action == FORGET_CODE
+
 
 class UserSession(NamedTuple):
     """The rolling session: bursts of events with no silence longer than the gap.
@@ -89,14 +102,14 @@ class Departed(NamedTuple):
     event_hash: int
 
 
-@dataclass(frozen=True, slots=True)
-class UserState:
+class UserState(msgspec.Struct, frozen=True, gc=False):
     """Everything kept for one user in one generation, as plain data.
 
     Attributes:
         position: of the last applied event.
         append_time_ms: broker append time of the last applied event.
-        next_ordinal: what the next accepted event gets; equals the number accepted so far.
+        next_ordinal: what the next accepted event gets; equals the number accepted so far, those
+            forgotten among them.
         num_chunks: chunks that have left the tail.
         num_late: events too old to move the session.
         user_session: the rolling session, None before the first event.
@@ -114,7 +127,7 @@ class UserState:
     user_session: UserSession | None
     tail: bytes
     departed: tuple[Departed, ...] = ()
-    window: bytes = field(default=b"", repr=False)
+    window: bytes = b""
 
     @property
     def records(self) -> np.ndarray[tuple[int], np.dtype[np.void]]:
@@ -138,6 +151,7 @@ class Change(NamedTuple):
     num_applied: int
     num_duplicates: int
     num_skipped: int  # at or before the state's position: already applied
+    forgets: bool = False  # nothing of what Redis holds but position and ordinal may stay
 
 
 class PartitionMovedError(FeatureError):
@@ -155,18 +169,58 @@ def step(state: UserState, events: Sequence[Accepted], config: StateConfig) -> C
         PartitionMovedError: an event from another partition than the state's.
     """
     work = _Work(state, config)
+    work.are_new = len(events) >= _MANY and _are_new(events, state.window)
     for event in events:
         work.apply(event)
     return work.change()
 
 
+def _are_new(events: Sequence[Accepted], window: bytes) -> bool:
+    """Return whether no event has the id of another, or of one in the window.
+
+    One pass over the window for all of them, where each alone would search it.
+    """
+    hashes = {event.event_hash for event in events}
+    if len(hashes) < len(events):
+        return False
+    held = struct.unpack(f"<{len(window) // _HASH_BYTES}Q", window)
+    return hashes.isdisjoint(held)
+
+
 class _Work:
-    """One step's scratch pad; never outlives it."""
+    """One step's scratch pad; never outlives it. `apply` is the hottest code there is."""
+
+    __slots__ = (
+        "are_new",
+        "chunks",
+        "config",
+        "departed",
+        "forgets",
+        "keep",
+        "last",
+        "newest_ms",
+        "num_chunks",
+        "num_duplicates",
+        "num_jumped",
+        "num_late",
+        "num_skipped",
+        "ordinal",
+        "position",
+        "state",
+        "tail",
+        "tail_bytes_max",
+        "user_session",
+        "window",
+        "window_bytes",
+    )
 
     def __init__(self, state: UserState, config: StateConfig) -> None:
         self.state = state
         self.config = config
+        self.are_new = False
+        self.forgets = False
         self.tail = bytearray(state.tail)
+        self.tail_bytes_max = config.tail_max * RECORD_BYTES
         self.window = bytearray(state.window)
         self.window_bytes = config.dedup_window * _HASH_BYTES
         self.departed = state.departed
@@ -175,54 +229,81 @@ class _Work:
         self.ordinal = state.next_ordinal
         self.num_chunks = state.num_chunks
         self.num_late = state.num_late
-        self.user_session = _OpenSession(state.user_session, config)
+        self.user_session = OpenSession(state.user_session, config)
         self.chunks: list[Chunk] = []
         self.keep = len(state.tail)
         self.newest_ms = _time_of_last(state.tail)
         self.num_duplicates = 0
         self.num_skipped = 0
+        self.num_jumped = 0  # ordinals that no event here got
 
     def apply(self, event: Accepted) -> None:
-        if not _follows(self.position, event.position):
+        position = event.position
+        last = self.position
+        if position.partition != last.partition or position.source != last.source:
+            if not _follows(last, position):
+                self.num_skipped += 1
+                return
+        elif position.offset <= last.offset:
             self.num_skipped += 1
             return
-        packed_hash = event.event_hash.to_bytes(_HASH_BYTES, "little")
-        window = self.window
-        if _contains(window, packed_hash, max(0, len(window) - self.window_bytes)):
-            self.num_duplicates += 1
+        if event.action == FORGET_CODE:
+            self._forget(event)
             return
-        assert self.ordinal < ORDINAL_MAX
-        self._insert(event)
-        window += packed_hash
-        self.num_late += self.user_session.take(event, self.ordinal)
-        self.last = event
-        self.position = event.position
-        self.ordinal += 1
-        if self.departed:
-            oldest_counted = self.ordinal - self.config.dedup_window
-            self.departed = tuple(d for d in self.departed if d.ordinal >= oldest_counted)
-        if len(self.tail) == self.config.tail_max * RECORD_BYTES:
-            self._depart()
-
-    def _insert(self, event: Accepted) -> None:
-        time_ms = event.event_time_ms
-        record = _PACK_RECORD.pack(
+        ordinal = self.ordinal
+        record = _PACK_RECORD(
             event.item_id,
-            time_ms,
+            event.event_time_ms,
             event.domain,
             event.event_hash,
-            self.ordinal,
+            ordinal,
             event.dwell_ms,
             event.value,
             event.action,
         )
+        packed_hash = record[_HASH_AT]
+        window = self.window
+        if not self.are_new and _contains(window, packed_hash, self.window_bytes):
+            self.num_duplicates += 1
+            return
+        assert ordinal < ORDINAL_MAX
+        time_ms = event.event_time_ms
         if time_ms >= self.newest_ms:
             self.tail += record
             self.newest_ms = time_ms
         else:
-            at = _insertion_point(self.tail, time_ms)
-            self.tail[at:at] = record
-            self.keep = min(self.keep, at)
+            self._insert_late(record, time_ms)
+        window += packed_hash
+        if self.user_session.take(event, ordinal):
+            self.num_late += 1
+        self.last = event
+        self.position = position
+        self.ordinal = ordinal + 1
+        if self.departed:
+            oldest_counted = self.ordinal - self.config.dedup_window
+            self.departed = tuple(d for d in self.departed if d.ordinal >= oldest_counted)
+        if len(self.tail) == self.tail_bytes_max:
+            self._depart()
+
+    def _insert_late(self, record: bytes, time_ms: int) -> None:
+        at = _insertion_point(self.tail, time_ms)
+        self.tail[at:at] = record
+        self.keep = min(self.keep, at)
+
+    def _forget(self, event: Accepted) -> None:
+        """Start anew, but for the position and the ordinals."""
+        self.tail = bytearray()
+        self.window = bytearray()
+        self.departed = ()
+        self.user_session = OpenSession(None, self.config)
+        self.chunks = []
+        self.num_chunks = self.num_late = self.keep = 0
+        self.newest_ms = _NO_TIME
+        self.last = event
+        self.position = event.position
+        self.num_jumped += max(0, event.item_id - self.ordinal)
+        self.ordinal = max(self.ordinal, event.item_id)
+        self.forgets = True
 
     def _depart(self) -> None:
         size = self.config.chunk * RECORD_BYTES
@@ -238,7 +319,6 @@ class _Work:
         self.departed = tuple(sorted((*self.departed, *(Departed(o, h) for o, h in counted))))
 
     def change(self) -> Change:
-        applied = self.ordinal - self.state.next_ordinal
         after = self.state
         if self.last is not None:
             after = UserState(
@@ -253,7 +333,13 @@ class _Work:
                 window=bytes(self.window[-self.window_bytes :]),
             )
         return Change(
-            after, self.keep, tuple(self.chunks), applied, self.num_duplicates, self.num_skipped
+            after,
+            self.keep,
+            tuple(self.chunks),
+            self.ordinal - self.state.next_ordinal - self.num_jumped,
+            self.num_duplicates,
+            self.num_skipped,
+            self.forgets,
         )
 
 
@@ -262,21 +348,27 @@ def _time_of_last(tail: bytes) -> int:
 
 
 def _follows(last: Position, new: Position) -> bool:
-    if last.partition < 0:
+    """Return whether a topic or a user's first event comes next; False: it is passed already.
+
+    Raises:
+        PartitionMovedError: another partition of the same topic.
+    """
+    if last.partition < 0 or new.source > last.source:
+        # A topic is retired before the next one takes events, so all before is applied.
         return True
-    if new.partition != last.partition or new.source != last.source:
+    if new.source == last.source:
         raise PartitionMovedError(
             f"the user's last event was applied from partition {last.partition} "
-            f"(source {last.source}), this one comes from partition {new.partition} "
-            f"(source {new.source}): the topic's partition count changed. "
-            "Restore the count, or replay into a new generation."
+            f"(source {last.source}), this one comes from partition {new.partition}: the topic's "
+            "partition count changed, or a producer uses another partitioner. "
+            "See moveline repartition --help."
         )
-    return new.offset > last.offset
+    return False
 
 
-def _contains(window: bytearray, packed_hash: bytes, start: int) -> bool:
-    """Return whether a hash is in the window from byte `start` on, at a whole place."""
-    at = window.find(packed_hash, start)
+def _contains(window: bytearray, packed_hash: bytes, window_bytes: int) -> bool:
+    """Return whether a hash is among the window's last bytes, at a whole place."""
+    at = window.find(packed_hash, max(0, len(window) - window_bytes))
     while at >= 0 and at % _HASH_BYTES:
         at = window.find(packed_hash, at + 1)
     return at >= 0
@@ -297,7 +389,7 @@ def _insertion_point(tail: bytearray, event_time_ms: int) -> int:
     return low * RECORD_BYTES
 
 
-class _OpenSession:
+class OpenSession:
     """The rolling session while events are applied to it.
 
     A late event within the gap of the session's span extends it; an older one leaves it alone.
@@ -332,7 +424,8 @@ class _OpenSession:
                 return True
             self.start_ms = time_ms
         self.num += 1
-        self.dwell_ms += max(0, event.dwell_ms)
+        if event.dwell_ms > 0:
+            self.dwell_ms += event.dwell_ms
         self.counts[event.action] += 1
         return False
 
@@ -362,4 +455,4 @@ def rebuild_window(state: UserState, dedup_window: int) -> UserState:
     hashes = np.concatenate(
         [counted["event_hash"], np.array([d.event_hash for d in state.departed], "<u8")]
     )
-    return replace(state, window=hashes[np.argsort(ordinals)].tobytes())
+    return msgspec.structs.replace(state, window=hashes[np.argsort(ordinals)].tobytes())

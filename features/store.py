@@ -83,4 +83,11 @@ def read_users(
     """
     wanted = store.config.recent + store.config.mid if newest is None else newest
     rows = store.read_ends(user_ids, newest=wanted)
-    return decode_batch(user_ids, rows, newest=wanted, now_ms=now_ms, config=store.config)
+    return decode_batch(
+        user_ids,
+        rows,
+        newest=wanted,
+        now_ms=now_ms,
+        config=store.config,
+        formats=store.formats,
+    )

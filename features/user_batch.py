@@ -7,20 +7,22 @@ bytes as they came from Redis, behind one another, are the arrays.
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
+from msgspec import structs
 
 from features.errors import CorruptRowError
-from features.row import MAGIC, ROW_FORMAT, TRAILER_BYTES, decode_newest, encode_row
+from features.row import FORMATS, MAGIC, ROW_FORMAT, TRAILER_BYTES, decode_newest, encode_row
 from features.state import RECORD, RECORD_BYTES, UserState
 from features.view import LAST_ITEMS, PADDING_ITEM, StreamBatch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from features.config import StateConfig
+    from features.row import RowFormat
 
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
 Int64s = np.ndarray[Any, np.dtype[np.int64]]
@@ -93,6 +95,7 @@ class UserBatch:
         clock_ms_B: the clock each user is seen at, int64 [B].
         newest_ms_B: time of the newest event, int64 [B]; -1 without one.
         config: the rules of their generation.
+        formats: the row formats that can be read.
     """
 
     rows: Sequence[Row | None]
@@ -102,6 +105,7 @@ class UserBatch:
     clock_ms_B: Int64s
     newest_ms_B: Int64s
     config: StateConfig
+    formats: Mapping[int, RowFormat] = field(default_factory=lambda: FORMATS)
 
     def streams(self) -> StreamBatch:
         """Return recent and mid-term stream; the latter as far as it was read."""
@@ -146,7 +150,7 @@ class UserBatch:
     def state(self, index: int) -> UserState | None:
         """Return one user's state as an object: for logs and people, not for every user."""
         row = self.rows[index]
-        return None if row is None else decode_newest(bytes(row))[0]
+        return None if row is None else decode_newest(bytes(row), self.formats)[0]
 
 
 def decode_batch(
@@ -156,6 +160,7 @@ def decode_batch(
     newest: int,
     now_ms: int,
     config: StateConfig,
+    formats: Mapping[int, RowFormat] = FORMATS,
 ) -> UserBatch:
     """Return rows, or their ends, as columns.
 
@@ -165,12 +170,14 @@ def decode_batch(
         newest: N of the result, at least 1.
         now_ms: the reader's clock.
         config: the rules of the generation.
+        formats: the row formats that can be read.
 
     Raises:
         CorruptRowError: wrong magic, format, checksum or length.
     """
     width = newest * RECORD_BYTES + TRAILER_BYTES
-    raw = np.frombuffer(_flush_right(rows, width, config), np.uint8).reshape(len(rows), width)
+    laid = _flush_right(rows, width, config, formats)
+    raw = np.frombuffer(laid, np.uint8).reshape(len(rows), width)
     trailers = raw[:, -TRAILER_BYTES:].view(TRAILER)[:, 0]
     records = raw[:, :-TRAILER_BYTES].view(RECORD)
     known = np.array([row is not None for row in rows], np.bool_)
@@ -182,11 +189,20 @@ def decode_batch(
         records["item_id"][few] = np.where(is_padding, PADDING_ITEM, records["item_id"][few])
     newest_ms = np.where(held > 0, records["event_time_ms"][:, -1], -1)
     return UserBatch(
-        rows, known, trailers, records, np.maximum(now_ms, newest_ms + 1), newest_ms, config
+        rows,
+        known,
+        trailers,
+        records,
+        np.maximum(now_ms, newest_ms + 1),
+        newest_ms,
+        config,
+        formats,
     )
 
 
-def _flush_right(rows: Sequence[Row | None], width: int, config: StateConfig) -> bytearray:
+def _flush_right(
+    rows: Sequence[Row | None], width: int, config: StateConfig, formats: Mapping[int, RowFormat]
+) -> bytearray:
     """Return the last bytes of all rows behind one another, zeros before a shorter one."""
     zeros = bytes(width)
     parts: list[Row] = []
@@ -196,8 +212,8 @@ def _flush_right(rows: Sequence[Row | None], width: int, config: StateConfig) ->
             continue
         usual = row
         if row[_ENDING_AT] != _ENDING or row[_DEPARTED_AT] != _NONE_DEPARTED:
-            state, _ = decode_newest(bytes(row))
-            usual = encode_row(replace(state, departed=()), len(config.actions))
+            state, _ = decode_newest(bytes(row), formats)
+            usual = encode_row(structs.replace(state, departed=()), len(config.actions))
         if len(usual) < width:
             parts.append(zeros[len(usual) :])
         parts.append(usual[-width:])

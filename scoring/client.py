@@ -190,6 +190,7 @@ class Recommender:
         min_position: MinPosition | None = None,
         exclude_seen: bool = False,
         deadline_s: float = DEADLINE_S_DEFAULT,
+        request_id: str = "",
     ) -> Answer:
         """Return items for one user; see `recommend_many`."""
         return self.recommend_many(
@@ -198,6 +199,7 @@ class Recommender:
             min_position=min_position,
             exclude_seen=exclude_seen,
             deadline_s=deadline_s,
+            request_id=request_id,
         )[0]
 
     def recommend_many(
@@ -208,16 +210,18 @@ class Recommender:
         min_position: MinPosition | None = None,
         exclude_seen: bool = False,
         deadline_s: float = DEADLINE_S_DEFAULT,
+        request_id: str = "",
     ) -> list[Answer]:
         """Return items for each user, in order.
 
         Args:
             user_ids: up to USERS_MAX; a string id is hashed as the producer hashes it.
             k: items per user, up to K_MAX.
-            min_position: (partition, offset) of an event, as the producer's send returned it:
+            min_position: `Delivery.position` of an event, as the producer's send returned it:
                 the answer waits until the state has seen it, or says POSITION_NOT_REACHED.
             exclude_seen: leave out items in the user's recent and mid-term streams.
             deadline_s: for the whole call, waiting for a free slot included.
+            request_id: your own; the feature log keeps it, and events that follow may carry it.
 
         Raises:
             RejectedError: the request is out of range.
@@ -234,7 +238,10 @@ class Recommender:
         try:
             left_s = deadline_s - (time.monotonic() - started)
             result = self._client.infer(
-                RECOMMEND_MODEL, make_inputs(ask.inputs), client_timeout=max(left_s, 1e-3)
+                RECOMMEND_MODEL,
+                make_inputs(ask.inputs),
+                client_timeout=max(left_s, 1e-3),
+                request_id=request_id,
             )
         except InferenceServerException as error:
             raise map_error(error, f"recommending within {deadline_s} s", self.address) from error
@@ -267,6 +274,7 @@ class AsyncRecommender:
         min_position: MinPosition | None = None,
         exclude_seen: bool = False,
         deadline_s: float = DEADLINE_S_DEFAULT,
+        request_id: str = "",
     ) -> Answer:
         """Return items for one user; see `Recommender.recommend_many`."""
         ask = _make_ask([user_id], k, min_position, exclude_seen, deadline_s)
@@ -279,15 +287,19 @@ class AsyncRecommender:
                 f"{self._in_flight_max} requests in flight and none ended within {deadline_s} s"
             ) from error
         try:
-            return (await self._ask(ask, deadline_s - (time.monotonic() - started)))[0]
+            left_s = deadline_s - (time.monotonic() - started)
+            return (await self._ask(ask, left_s, request_id))[0]
         finally:
             self._slots.release()
 
-    async def _ask(self, ask: _Ask, left_s: float) -> list[Answer]:
+    async def _ask(self, ask: _Ask, left_s: float, request_id: str) -> list[Answer]:
         try:
             async with asyncio.timeout(max(left_s, 1e-3)):
                 result = await self._client.infer(
-                    RECOMMEND_MODEL, make_inputs(ask.inputs), client_timeout=max(left_s, 1e-3)
+                    RECOMMEND_MODEL,
+                    make_inputs(ask.inputs),
+                    client_timeout=max(left_s, 1e-3),
+                    request_id=request_id,
                 )
         except TimeoutError as error:
             raise DeadlineExceededError(

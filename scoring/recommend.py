@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from features.errors import FeatureError
+from features.keys import split_log_partition
 from features.store import read_users
 from features.view import StreamBatch
 from scoring.signature import NO_ITEM, WAIT_MS_MAX, Degraded
@@ -20,8 +21,10 @@ from scoring.signature import NO_ITEM, WAIT_MS_MAX, Degraded
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from features.config import StateConfig
     from features.state import UserState
     from features.user_batch import UserBatch
+    from features.view import Records
     from scoring.live import Live, Snapshot
 
 log = logging.getLogger("moveline.recommend")
@@ -42,6 +45,7 @@ class Ask(NamedTuple):
     min_offset: int = -1
     wait_ms: int = 0
     exclude_seen: bool = False
+    request_id: str = ""
 
 
 class Retrieved(NamedTuple):
@@ -52,13 +56,27 @@ class Retrieved(NamedTuple):
     contributions: list[list[float]]
 
 
+class Seen(NamedTuple):
+    """What the model was given of a user: the streams as batched, padding and all."""
+
+    state: UserState
+    recent: Records
+    mid: Records
+    clock_ms: int
+
+
 class Answered(NamedTuple):
-    """One user's answer, padded to nothing: as long as there are items."""
+    """One user's answer, padded to nothing: as long as there are items.
+
+    `seen` is what it was made from, under the rules `config`; None where no state was read.
+    """
 
     item_ids: list[int]
     scores: list[float]
     provenance: tuple[int, ...]  # in the order of scoring.signature.PROVENANCE
     contribution: tuple[float, float, float]
+    seen: Seen | None
+    config: StateConfig
 
 
 class Retrieve(Protocol):
@@ -91,6 +109,7 @@ class _Draft:
     contribution: tuple[float, float, float] = (0.0, 0.0, 0.0)
     model_version: int = 0
     newest_ms: int = -1
+    seen: Seen | None = None
 
 
 def answer(asks: Sequence[Ask], live: Live, retrieve: Retrieve, now_ms: int) -> list[Answered]:
@@ -141,10 +160,13 @@ def _read_when_reached(
 def _reached(ask: Ask, state: UserState | None) -> bool:
     if ask.min_partition < 0:
         return True
-    return (
-        state is not None
-        and state.position.partition == ask.min_partition
-        and state.position.offset >= ask.min_offset
+    if state is None:
+        return False
+    source, partition = split_log_partition(ask.min_partition)
+    at = state.position
+    # All of a topic is applied before anything of the next one.
+    return at.source > source or (
+        (at.source, at.partition) == (source, partition) and at.offset >= ask.min_offset
     )
 
 
@@ -161,8 +183,10 @@ def _retrieve(
     if not known:
         return
     streams = StreamBatch._make(column[users.known_B] for column in users.streams())
-    for row, (draft, _) in enumerate(known):
+    for row, (draft, state) in enumerate(known):
         draft.newest_ms = int(streams.newest_ms_B[row])
+        clock_ms = int(streams.clock_ms_B[row])
+        draft.seen = Seen(state, streams.recent_BR[row], streams.mid_BM[row], clock_ms)
     try:
         excluded = [_excluded(draft) for draft, _ in known]
         retrieved = _ask(retrieve, snapshot, streams, excluded)
@@ -234,4 +258,6 @@ def _finish(draft: _Draft, snapshot: Snapshot, now_ms: int) -> Answered:
             int(draft.degraded),
         ),
         draft.contribution,
+        draft.seen,
+        snapshot.config,
     )

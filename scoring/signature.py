@@ -20,6 +20,9 @@ WAIT_MS_MAX: Final = 5_000
 # Users in one request: beyond it a request starves the others of its instance.
 USERS_MAX: Final = 64
 
+# Share of users whose answers are logged: enough for a skew report, a hundredth of the work.
+LOGGED_SHARE_DEFAULT: Final = 0.01
+
 NO_ITEM: Final = -1
 # Items one user's request can exclude inside the model; what is beyond is filtered afterwards.
 NUM_EXCLUDED: Final = 512

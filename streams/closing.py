@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import msgspec
 import numpy as np
 
-from features.state import EMPTY_POSITION, Accepted, UserSession, _OpenSession
+from features.state import EMPTY_POSITION, Accepted, OpenSession, UserSession
 from streams.errors import HistoryGoneError
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def replay_sessions(records: Records, first: int, config: StateConfig) -> list[U
     kept = kept[np.argsort(kept["ordinal"])]
     if not np.array_equal(kept["ordinal"], np.arange(first, first + kept.size)):
         return []
-    rolling = _OpenSession(None, config)
+    rolling = OpenSession(None, config)
     found: list[UserSession] = []
     columns = ("event_time_ms", "dwell_ms", "action", "ordinal")
     for time_ms, dwell_ms, action, ordinal in zip(

@@ -8,37 +8,30 @@ Crash after step n of `Partition.publish` -> what is seen -> how it heals:
 
 from __future__ import annotations
 
-import fcntl
 import os
-import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from features.events import event_hash
-from features.lake import LAKE_SCHEMA, file_name, next_offset, partition_folder
+from features.lake import (
+    BLOCK_OFFSETS,
+    LAKE_SCHEMA,
+    file_name,
+    next_offset,
+    partition_folder,
+    write_file,
+)
+from features.lake_lock import locked
 from streams.columns import POSITION_MAX
-from streams.errors import LakeBusyError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from features.events import Event
 
-# No file crosses a multiple of this, so that the small files of a live sink can later be merged
-# into the same large ones by whoever does it.
-BLOCK_OFFSETS: Final = 65_536
-# Dictionary columns have 16-bit codes: a row group may not hold more texts than that.
-ROW_GROUP_ROWS: Final = 32_768
-# A writer holds the lock for one file, a fraction of a second. A longer wait means it is stuck.
-LOCK_TIMEOUT_S: Final = 30.0
-_LOCK_RETRY_S: Final = 0.01
-# Names that features.lake does not take for published files.
-LOCK_NAME: Final = ".lock"
+# A name that features.lake does not take for a published file.
 PENDING_NAME: Final = ".pending"
 
 
@@ -117,9 +110,13 @@ def to_table(rows: list[LakeRow]) -> pa.Table:
         "request_id": [event.request_id for event in events],
         "position": [_position(event.position) for event in events],
     }
-    # Dictionaries are made by the cast of plain text, 32-bit first: see ROW_GROUP_ROWS.
-    arrays = [_column(columns[name], LAKE_SCHEMA.field(name).type) for name in LAKE_SCHEMA.names]
-    return pa.Table.from_arrays(arrays, schema=LAKE_SCHEMA)
+    # Dictionaries are made when the file is written: plain text until then.
+    kinds = {name: LAKE_SCHEMA.field(name).type for name in LAKE_SCHEMA.names}
+    arrays = [
+        pa.array(columns[name], pa.string() if pa.types.is_dictionary(kind) else kind)
+        for name, kind in kinds.items()
+    ]
+    return pa.table(arrays, names=LAKE_SCHEMA.names)
 
 
 def remove_pending(folder: Path) -> None:
@@ -128,57 +125,16 @@ def remove_pending(folder: Path) -> None:
         (folder / PENDING_NAME).unlink(missing_ok=True)
 
 
-@contextmanager
-def locked(folder: Path, *, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
-    """Hold the folder alone; a dead holder's lock is free at once, the kernel sees to it.
-
-    Raises:
-        LakeBusyError: somebody has held it for `timeout_s`.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_NAME).open("ab") as file:
-        deadline = time.monotonic() + timeout_s
-        while not _try_lock(file.fileno()):
-            if time.monotonic() > deadline:
-                raise LakeBusyError(
-                    f"{folder} has been locked by another sink for {timeout_s:g} s. Find it with "
-                    f"`fuser {folder / LOCK_NAME}` and end it, or wait."
-                )
-            time.sleep(_LOCK_RETRY_S)
-        yield
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def _write(folder: Path, start: int, end: int, table: pa.Table) -> None:
     """The file of the offsets [start, end] exists, durably. The folder's lock is held."""
     pending = folder / PENDING_NAME
-    with pending.open("wb") as file:
-        pq.write_table(table, file, row_group_size=ROW_GROUP_ROWS, compression="zstd")
-        file.flush()
-        os.fsync(file.fileno())
+    write_file(pending, table)
     pending.rename(folder / file_name(start, end))
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _column(values: list[object], kind: pa.DataType) -> pa.ChunkedArray:
-    if not pa.types.is_dictionary(kind):
-        return pa.chunked_array([pa.array(values, kind)], kind)
-    chunks = [
-        pa.array(values[i : i + ROW_GROUP_ROWS], pa.string()).dictionary_encode().cast(kind)
-        for i in range(0, len(values), ROW_GROUP_ROWS)
-    ]
-    return pa.chunked_array(chunks, kind)
 
 
 def _position(position: int | None) -> int | None:

@@ -40,6 +40,9 @@ class WorkerMetrics:
         self.refused = counter("refused_writes", "times Redis was not where this worker left it")
         self.dead_letters = counter("dead_letters", "records sent to the dead letters", "reason")
         self.items = counter("items", "catalogue records applied")
+        self.chunks_dropped = counter(
+            "chunks_dropped", "waiting chunks that left Redis because the lake has them"
+        )
         self.pauses = counter(
             "store_pauses", "times consumption paused because Redis was away or full"
         )
@@ -50,6 +53,11 @@ class WorkerMetrics:
             "freshness_seconds",
             "broker append to Redis acknowledgement, of each micro-batch's oldest event",
             _SECONDS,
+        )
+        self.over_cap = Gauge(
+            "moveline_users_over_chunk_cap",
+            "users with too many waiting chunks, whose oldest the lake does not have yet",
+            registry=self.registry,
         )
         self.lag = Gauge(
             "moveline_lag_events",

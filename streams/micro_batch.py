@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+import msgspec
+
 from features.errors import InvalidEventError
 from features.events import (
     CONTENT_TYPE_HEADER,
     MSGPACK_TYPE,
+    VALUE_BYTES_MAX,
+    decode_checked,
     decode_event,
     domain_hash,
     event_hash,
@@ -16,9 +20,10 @@ from features.events import (
     judge_rules,
 )
 from features.state import NO_DWELL, NO_VALUE, Accepted, Position
+from streams.seal import cut_at_seals, is_seal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from features.config import StateConfig
     from features.errors import Reason
@@ -27,7 +32,7 @@ if TYPE_CHECKING:
 Headers = list[tuple[str, bytes | None]]
 
 
-class Record(NamedTuple):
+class Record(msgspec.Struct, frozen=True, gc=False):
     """One Kafka record as the broker handed it out."""
 
     partition: int
@@ -54,7 +59,8 @@ class MicroBatch:
         by_user: valid events that enter streams, per user in offset order.
         dead_letters: records that break the contract.
         domains: text of every domain seen, by hash.
-        ends: by partition, the offset after the last record looked at.
+        ends: by partition, the offset after the last record looked at, or that of its seal.
+        seals: by partition, the offset of the record that ends it, if it came by.
         num_records: records looked at.
         num_outside: valid events whose action does not enter the streams.
     """
@@ -63,6 +69,7 @@ class MicroBatch:
     dead_letters: list[DeadLetter] = field(default_factory=list)
     domains: dict[int, str] = field(default_factory=dict)
     ends: dict[int, int] = field(default_factory=dict)
+    seals: dict[int, int] = field(default_factory=dict)
     num_records: int = 0
     num_outside: int = 0
 
@@ -84,6 +91,24 @@ def accept_record(record: Record, config: StateConfig) -> Event:
     return event
 
 
+def _plain_event(record: Record, codes: dict[str, int], tolerance_ms: int) -> Event | None:
+    """Return the event if it is one beyond doubt, which almost all are; None leaves it open.
+
+    The same judgement as `accept_record`, by the decoder itself and without reasons.
+    """
+    value = record.value
+    if record.headers is not None or value is None or len(value) > VALUE_BYTES_MAX:
+        return None
+    event = decode_checked(value, record.key)
+    if (
+        event is None
+        or event.action not in codes
+        or event.event_time_ms - record.append_time_ms > tolerance_ms
+    ):
+        return None
+    return event
+
+
 def to_accepted(event: Event, record: Record, codes: dict[str, int], source: int = 0) -> Accepted:
     """Return a valid event as the step takes it."""
     return Accepted(
@@ -99,31 +124,47 @@ def to_accepted(event: Event, record: Record, codes: dict[str, int], source: int
     )
 
 
-def sort_records(records: Iterable[Record], config: StateConfig) -> MicroBatch:
-    """Return the micro-batch in `records`; nothing is dropped without a count."""
+def sort_records(records: Sequence[Record], config: StateConfig, source: int = 0) -> MicroBatch:
+    """Return the micro-batch in `records`; nothing is dropped without a count.
+
+    Only what comes after a seal is passed over: `moveline repartition` moves it.
+    """
     batch = MicroBatch()
-    codes = {action: code for code, action in enumerate(config.actions)}
-    streamed = frozenset(config.stream_actions)
-    by_user = batch.by_user
+    codes, entering = config.codes, config.entering
+    tolerance_ms = config.future_tolerance_ms
+    by_user, domains, ends = batch.by_user, batch.domains, batch.ends
     for record in records:
         batch.num_records += 1
-        batch.ends[record.partition] = record.offset + 1
-        try:
-            event = accept_record(record, config)
-        except InvalidEventError as error:
-            batch.dead_letters.append(DeadLetter(record, error.reason, error.detail))
-            continue
-        if event.action not in streamed:
+        ends[record.partition] = record.offset + 1
+        event = _plain_event(record, codes, tolerance_ms)
+        if event is None:
+            try:
+                event = accept_record(record, config)
+            except InvalidEventError as error:
+                if is_seal(record.key, record.value, record.headers):
+                    return _sort_sealed(records, config, source)
+                batch.dead_letters.append(DeadLetter(record, error.reason, error.detail))
+                continue
+        if event.action not in entering:
             batch.num_outside += 1
             continue
-        accepted = to_accepted(event, record, codes)
+        accepted = to_accepted(event, record, codes, source)
         if event.domain is not None:
-            batch.domains[accepted.domain] = event.domain
+            domains[accepted.domain] = event.domain
         events = by_user.get(event.user_id)
         if events is None:
             by_user[event.user_id] = [accepted]
         else:
             events.append(accepted)
+    return batch
+
+
+def _sort_sealed(records: Sequence[Record], config: StateConfig, source: int) -> MicroBatch:
+    kept, seals = cut_at_seals(records)
+    batch = sort_records(kept, config, source)
+    batch.seals = seals
+    # A partition goes on at its seal for ever: whoever reads it again has to see it first.
+    batch.ends |= seals
     return batch
 
 

@@ -10,20 +10,22 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from itertools import tee
 from typing import TYPE_CHECKING, Final, Protocol
 
 from features.keys import bucket_of
 from features.redis import WRITTEN, BucketWrite
-from features.row import encode_write
-from features.state import UserState, step
+from features.state import PartitionMovedError, UserState, step
 from streams.errors import OutOfStepError
+from streams.placement import partitions_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from features.config import StateConfig
-    from features.row import RowWrite
+    from features.row import RowFormat
     from features.state import Accepted, Change
+    from streams.chunk_cap import ChunkCap
     from streams.micro_batch import MicroBatch
 
 # States of idle users cost memory and save one read each; the rest is re-read when it returns.
@@ -34,12 +36,17 @@ _STATE_OVERHEAD_BYTES: Final = 3_500
 class States(Protocol):
     """What the processor needs of Redis: `features.redis.StateStore` keeps these promises."""
 
+    @property
+    def row_format(self) -> RowFormat:
+        """What rows are written in."""
+        ...
+
     def load(self, user_ids: Sequence[int]) -> dict[int, UserState]:
         """Return whole states, EMPTY_STATE for users that have none."""
         ...
 
-    def write_buckets(self, writes: Sequence[BucketWrite]) -> list[int]:
-        """Write each bucket whole or not at all."""
+    def write_buckets(self, writes: Iterable[BucketWrite]) -> list[int]:
+        """Write each bucket whole or not at all; `writes` may be made while it is written."""
         ...
 
     def read_checkpoints(self, source: int, partitions: Sequence[int]) -> dict[int, list[int]]:
@@ -89,6 +96,10 @@ class StateCache:
         self.bytes_held = 0
 
 
+def _is_new(state: UserState, source: int) -> bool:
+    return state.position.source != source or state.position.partition < 0
+
+
 def _size(state: UserState) -> int:
     return len(state.tail) + _STATE_OVERHEAD_BYTES
 
@@ -98,14 +109,19 @@ class Processor:
     """Applies micro-batches to the states of one generation.
 
     Attributes:
+        source: which topic of the event log its events come from.
+        num_partitions: over which that topic's keys are distributed; None leaves it unchecked.
         checkpoints: by partition, the next offset of each bucket as this worker left it in Redis.
+        chunk_cap: what is told of users whose chunks Redis has acknowledged; None keeps them all.
     """
 
     states: States
     config: StateConfig
     source: int = 0
+    num_partitions: int | None = None
     cache: StateCache = field(default_factory=StateCache)
     checkpoints: dict[int, list[int]] = field(default_factory=dict)
+    chunk_cap: ChunkCap | None = None
 
     def assign(self, partitions: Sequence[int]) -> dict[int, int]:
         """Learn where Redis stands; return the offset to read each partition from.
@@ -115,6 +131,20 @@ class Processor:
         self.cache.clear()
         self.checkpoints.update(self.states.read_checkpoints(self.source, partitions))
         return {partition: max(0, min(self.checkpoints[partition])) for partition in partitions}
+
+    def begin(self, partitions: Iterable[int]) -> None:
+        """Write a checkpoint where there is none: a Redis from before it then refuses this worker.
+
+        Raises as `apply` does.
+        """
+        self._write(
+            [
+                BucketWrite(bucket, self.source, partition, held, 0, {})
+                for partition in partitions
+                for bucket, held in enumerate(self.checkpoints[partition])
+                if held < 0
+            ]
+        )
 
     def revoke(self, partitions: Iterable[int]) -> None:
         """Forget partitions that are another worker's now."""
@@ -129,17 +159,18 @@ class Processor:
             StoreError: Redis is away or full. Some buckets may be written.
             OutOfStepError: Redis does not stand where this worker left it. `assign` again, read
                 from there.
+            PartitionMovedError: a user's events do not lie where the user's key belongs.
         """
         report = Report()
         started = time.perf_counter()
         todo = self._not_yet_applied(batch.by_user, report)
         before = self._states_of(todo)
+        self._refuse_misplaced(todo, before)
         loaded = time.perf_counter()
         changes = {user: step(before[user], events, self.config) for user, events in todo.items()}
         self._refuse_ahead(changes)
-        writes = self._bucket_writes(todo, before, changes, batch.ends)
         stepped = time.perf_counter()
-        self._write(writes)
+        self._write(self._bucket_writes(todo, before, changes, batch.ends))
         self._settle(before, changes, report)
         report.load_s = loaded - started
         report.step_s = stepped - loaded
@@ -193,6 +224,25 @@ class Processor:
         loaded = self.states.load(missing) if missing else {}
         return {user: loaded[user] if state is None else state for user, state in found.items()}
 
+    def _refuse_misplaced(
+        self, todo: Mapping[int, Sequence[Accepted]], before: Mapping[int, UserState]
+    ) -> None:
+        """Raise if a user's first events of this topic lie in another partition than its key.
+
+        Later ones are compared with the state's own partition (features/state.py).
+        """
+        if self.num_partitions is None:
+            return
+        new = [user for user, state in before.items() if _is_new(state, self.source)]
+        belongs = partitions_of([b"%d" % user for user in new], self.num_partitions)
+        for user, partition in zip(new, belongs, strict=True):
+            found = todo[user][0].position.partition
+            if found != partition:
+                raise PartitionMovedError(
+                    f"user {user} lies in partition {found} and belongs into {partition} of "
+                    f"{self.num_partitions}"
+                )
+
     def _refuse_ahead(self, changes: Mapping[int, Change]) -> None:
         """Raise if a row already holds events that its bucket's checkpoint, as known here, has not.
 
@@ -213,28 +263,26 @@ class Processor:
         before: Mapping[int, UserState],
         changes: Mapping[int, Change],
         ends: Mapping[int, int],
-    ) -> list[BucketWrite]:
+    ) -> Iterator[BucketWrite]:
         num_actions = len(self.config.actions)
-        rows: dict[tuple[int, int], dict[int, RowWrite]] = {}
-        for user, change in changes.items():
-            place = (todo[user][0].position.partition, bucket_of(user))
+        encode_write = self.states.row_format.encode_write
+        users: dict[tuple[int, int], list[int]] = {}
+        for user in changes:
             # Also where all were duplicates: the row that this was judged by has to be the one.
-            rows.setdefault(place, {})[user] = encode_write(before[user], change, num_actions)
-        return [
-            BucketWrite(
+            place = (todo[user][0].position.partition, bucket_of(user))
+            users.setdefault(place, []).append(user)
+        for (partition, bucket), mine in users.items():
+            yield BucketWrite(
                 bucket,
                 self.source,
                 partition,
                 self.checkpoints[partition][bucket],
                 ends[partition],
-                written,
+                {user: encode_write(before[user], changes[user], num_actions) for user in mine},
             )
-            for (partition, bucket), written in rows.items()
-        ]
 
-    def _write(self, writes: list[BucketWrite]) -> None:
-        if not writes:
-            return
+    def _write(self, writes: Iterable[BucketWrite]) -> None:
+        writes, sent = tee(writes)
         try:
             replies = self.states.write_buckets(writes)
         except Exception:
@@ -242,7 +290,7 @@ class Processor:
             self.cache.clear()
             raise
         refused = []
-        for write, reply in zip(writes, replies, strict=True):
+        for write, reply in zip(sent, replies, strict=True):
             if reply == WRITTEN:
                 self.checkpoints[write.partition][write.bucket] = write.advance_to
             else:
@@ -251,7 +299,7 @@ class Processor:
             self.cache.clear()
             first = refused[0]
             raise OutOfStepError(
-                f"{len(refused)} of {len(writes)} buckets do not stand where this worker left "
+                f"{len(refused)} of {len(replies)} buckets do not stand where this worker left "
                 f"them (first: bucket {first.bucket} of partition {first.partition}, left at "
                 f"offset {first.expected}): another worker wrote, or Redis went back."
             )
@@ -262,6 +310,9 @@ class Processor:
         for user, change in changes.items():
             report.num_applied += change.num_applied
             report.num_duplicates += change.num_duplicates
-            report.num_late += change.state.num_late - before[user].num_late
+            late_before = 0 if change.forgets else before[user].num_late
+            report.num_late += change.state.num_late - late_before
             if change.state.next_ordinal:
                 self.cache.put(user, change.state)
+            if change.chunks and self.chunk_cap is not None:
+                self.chunk_cap.note(user, change)

@@ -42,6 +42,8 @@ def count_events(events: Iterable[Accepted]) -> dict[int, Counts]:
     """
     counts: dict[int, Counts] = defaultdict(lambda: defaultdict(int))
     for event in events:
+        if event.is_forget:
+            continue
         hour = event.event_time_ms // HOUR_MS
         if hour > event.append_time_ms // HOUR_MS - TILE_HOURS_MAX:
             counts[hour][event.domain, event.item_id] += 1

@@ -68,7 +68,12 @@ def triton_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStac
     with local_stack(
         run_dir=run_dir,
         model_repository=run_dir / "model_repo",
-        triton_environment={"MOVELINE_REDIS__URL": "{redis}"},
+        # Every answer is logged: what logging could break, every test of `recommend` would see.
+        triton_environment={
+            "MOVELINE_REDIS__URL": "{redis}",
+            "MOVELINE_KAFKA__BOOTSTRAP": "{kafka}",
+            "MOVELINE_FEATURE_LOG__SHARE": "1.0",
+        },
     ) as running:
         with TritonServer(running.addresses.triton_grpc) as server:
             server.load(RECOMMEND_MODEL)

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from features.history import known_rows
 from trainer.dataset import Bools, EventLog, Int64s, LabelGroups
 from trainer.vocabulary import UNKNOWN, Vocabulary
 
@@ -72,18 +73,7 @@ class BatchSource:
 
     def history_rows(self, groups: LabelGroups) -> tuple[Int64s, Bools]:
         """Rows known at each group [B, M + R], newest last, and which of them exist."""
-        width = self.num_recent + self.num_mid
-        slack = int(groups.num_late_G.max(initial=0))
-        rows = groups.first_row_G[:, None] + np.arange(-width - slack, 0)[None, :]
-        known = rows >= self.log.offsets[groups.user_G][:, None]
-        rows = np.maximum(rows, 0)
-        if slack:
-            known &= self.log.ordinal_N[rows] < groups.first_ordinal_G[:, None]
-            # A stable sort on the mask moves what is left out to the front, order kept.
-            order = np.argsort(known, axis=1, kind="stable")[:, -width:]
-            rows = np.take_along_axis(rows, order, axis=1)
-            known = np.take_along_axis(known, order, axis=1)
-        return rows, known
+        return known_rows(self.log, groups, self.num_recent + self.num_mid)
 
     def streams(self, groups: LabelGroups) -> tuple[Stream, Stream]:
         """The recent and the mid-term stream at each group.

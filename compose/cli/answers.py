@@ -33,7 +33,10 @@ def recommend(
     k: Annotated[int, typer.Option("-k", help="Items per user.")] = 10,
     min_position: Annotated[
         str | None,
-        typer.Option(help="PARTITION:OFFSET of an event the answer must have seen."),
+        typer.Option(
+            help="PARTITION:OFFSET of an event the answer must have seen (moveline status names "
+            "the topic; after a repartition SOURCE:PARTITION:OFFSET)."
+        ),
     ] = None,
     exclude_seen: Annotated[bool, typer.Option(help="Leave out items seen lately.")] = False,
     deadline: Annotated[float, typer.Option(help="Seconds for the whole call.")] = 2.0,
@@ -66,10 +69,15 @@ def recommend(
 def _position(raw: str | None) -> tuple[int, int] | None:
     if raw is None:
         return None
-    partition, _, offset = raw.partition(":")
-    if not (partition.isdigit() and offset.isdigit()):
-        raise typer.BadParameter(f"{raw!r} is not PARTITION:OFFSET, for example 2:41")
-    return int(partition), int(offset)
+    from features.keys import log_partition
+
+    parts = raw.split(":")
+    if len(parts) not in {2, 3} or not all(part.isdigit() for part in parts):
+        raise typer.BadParameter(
+            f"{raw!r} is neither PARTITION:OFFSET, for example 2:41, nor SOURCE:PARTITION:OFFSET"
+        )
+    source, partition, offset = map(int, ["0", *parts][-3:])
+    return log_partition(source, partition), offset
 
 
 def item_label(item: Item | None) -> tuple[str, str]:
@@ -138,6 +146,7 @@ def features(
     config: options.Config = None,
 ) -> None:
     """Show one user's session and streams as scoring would read them right now."""
+    from features.chunks import ChunkStore
     from features.state import EMPTY_STATE
     from features.view import seen_clock_ms, view_user
 
@@ -153,10 +162,12 @@ def features(
         )
         raise typer.Exit(code=1)
     view = view_user(state, seen_clock_ms(now_ms(), state), store.config)
+    first = ChunkStore(store.client, store.generation).first_kept([user_id])[0]
+    hole = f" (0 to {first - 1} only in the lake)" if first else ""
     console.print(
         f"[bold]user {user_id}[/bold]  generation g{store.generation}  {view.ordinal} events  "
         f"position {state.position.partition}:{state.position.offset}  "
-        f"recent {view.recent.size}  mid-term {view.mid.size}  chunks {state.num_chunks}  "
+        f"recent {view.recent.size}  mid-term {view.mid.size}  chunks {state.num_chunks}{hole}  "
         f"late {state.num_late}"
     )
     console.print(_session_table(view, store.config.actions))

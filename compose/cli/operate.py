@@ -101,7 +101,7 @@ def generations(
     config: options.Config = None,
 ) -> None:
     """List the generations: how each was built, how far it is, which one is live."""
-    found = _installation(options.settings_of(config, kafka=kafka, redis=redis)).list()
+    found = installation(options.settings_of(config, kafka=kafka, redis=redis)).list()
     table = Table("generation", "is", "rules", "built", title="generations", title_justify="left")
     table.add_column("users", justify="right")
     table.add_column("lag", justify="right")
@@ -136,27 +136,21 @@ def audit(
     from features.generations import Generations
     from streams.audit import audit as run_audit
     from streams.compare import compare_generations
-    from streams.event_log import EventLog, some_buckets
-    from streams.kafka import end_offsets
+    from streams.event_log import some_buckets
 
     settings = options.settings_of(config, kafka=kafka, redis=redis, lake=lake)
-    here = _installation(settings)
+    here = installation(settings)
     store = here.store(_number(generation))
     built = Generations(here.client).built(store.generation)
     origin = "earliest" if built is None else built.origin
-    events = EventLog(
-        kafka=here.kafka,
-        topic=here.topics.events,
-        lake=settings.lake.path,
-        prefer_lake=origin == "lake",
-    )
-    report = run_audit(events, store, built, num_users=users, shown=True)
+    logs = here.logs(lake=settings.lake.path, prefer_lake=origin == "lake")
+    report = run_audit(logs, store, built, num_users=users, shown=True)
     is_right = _print_audit(report, generation)
     other = here.live() if against is None else _number(against)
     if other is not None and other != store.generation:
         total = max(1, report.num_users)
         share = min(1.0, users / max(total, Generations(here.client).count_users()[other]))
-        partitions = list(end_offsets(here.kafka, here.topics.events))
+        partitions = {events.source: events.end_offsets() for events in logs}
         result = compare_generations(store, here.store(other), some_buckets(share), partitions)
         _print_comparison(result, f"g{other}")
         is_right &= result.is_equal or not result.same_rules
@@ -178,7 +172,7 @@ def promote(
     """Make a generation the live one for every reader; `moveline demote` takes it back."""
     from streams.generations import LAG_MAX
 
-    here = _installation(options.settings_of(config, kafka=kafka, redis=redis))
+    here = installation(options.settings_of(config, kafka=kafka, redis=redis))
     done = here.promote(
         _number(generation),
         model_version=model_version,
@@ -200,7 +194,7 @@ def demote(
     """Take the last promotion back. The generation before must have been followed meanwhile."""
     from streams.generations import LAG_MAX
 
-    here = _installation(options.settings_of(config, kafka=kafka, redis=redis))
+    here = installation(options.settings_of(config, kafka=kafka, redis=redis))
     done = here.demote(
         to=None if to is None else _number(to), lag_max=LAG_MAX if max_lag is None else max_lag
     )
@@ -215,7 +209,7 @@ def drop(
     config: options.Config = None,
 ) -> None:
     """Delete a generation that is not live, in small steps that live traffic does not notice."""
-    here = _installation(options.settings_of(config, kafka=kafka, redis=redis))
+    here = installation(options.settings_of(config, kafka=kafka, redis=redis))
     num_keys = here.drop(_number(generation), shown=True)
     Console(stderr=True).print(f"{generation} is gone: {num_keys:,} keys deleted")
 
@@ -264,6 +258,7 @@ def _request(
         rate=rate,
         batch_max=settings.worker.batch_max,
         lake=settings.lake.path,
+        waiting_chunks_max=settings.worker.waiting_chunks_max,
     )
 
 
@@ -286,18 +281,18 @@ def _dry_run(
     from streams.event_log import some_buckets
     from streams.generations import UNPUBLISHED
 
-    here = _installation(settings)
+    here = installation(settings)
     live = here.store(here.live() or UNPUBLISHED)
     total = Generations(here.client).count_users()[live.generation]
     keep = some_buckets(sample / max(sample, total))
     if request.users is not None:
         keep = request.users.__contains__
-    events = request.event_log(here.kafka, here.topics.events)
-    return dry_run(events, request, settings.state_config(), live, keep, stop, shown=True)
+    logs = here.logs(lake=settings.lake.path, prefer_lake=request.origin == "lake")
+    return dry_run(logs, request, settings.state_config(), live, keep, stop, shown=True)
 
 
 def _follow(settings: Settings, builder: Replay, stop: StopEvent) -> None:
-    from streams.worker import Worker, WorkerConfig
+    from streams.worker import Worker
 
     Console(stderr=True).print(f"following as worker of g{builder.store.generation}, Ctrl-C ends")
     worker = Worker(
@@ -305,17 +300,13 @@ def _follow(settings: Settings, builder: Replay, stop: StopEvent) -> None:
         builder.topics,
         builder.store,
         builder.catalogue,
-        WorkerConfig(
-            instance=settings.worker.instance,
-            batch_max=settings.worker.batch_max,
-            batch_wait_s=settings.worker.batch_wait_s,
-            lake=settings.lake.path,
-        ),
+        options.worker_config(settings),
     )
     worker.run(stop)
 
 
-def _installation(settings: Settings) -> Installation:
+def installation(settings: Settings) -> Installation:
+    """Return the installation that the settings name."""
     from features.redis import connect
     from streams.generations import Installation
 
@@ -379,6 +370,8 @@ def _print_audit(report: AuditReport, generation: str) -> bool:
         f"{generation}: {report.num_users:,} users, {report.num_events:,} events: "
         f"{report.num_users - report.num_wrong:,} as the oracle says, {report.num_wrong:,} not"
     )
+    if report.num_dropped:
+        console.print(f"{report.num_dropped:,} chunks had left Redis for the lake, as marked")
     for user, what in report.wrong.items():
         console.print(f"  user {user}: {what}", highlight=False)
     return not report.num_wrong

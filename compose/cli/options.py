@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from features.redis import CatalogueStore, StateStore
     from streams.kafka import KafkaConfig
     from streams.topics import Topics
+    from streams.worker import WorkerConfig
 
 Config = Annotated[
     Path | None,
@@ -108,3 +109,19 @@ def stores_of(settings: Settings) -> tuple[StateStore, CatalogueStore]:
     number = settings.generation_number
     config = catalogue.recorded_config(number) or settings.state_config()
     return StateStore(client, number, config), catalogue
+
+
+def worker_config(
+    settings: Settings, *, instance: str | None = None, batch_wait_s: float | None = None
+) -> WorkerConfig:
+    """Return how a worker consumes, with a command's options on top."""
+    from streams.worker import WorkerConfig
+
+    return WorkerConfig(
+        instance=instance or settings.worker.instance,
+        batch_max=settings.worker.batch_max,
+        batch_wait_s=batch_wait_s or settings.worker.batch_wait_s,
+        lake=settings.lake.path,
+        waiting_chunks_max=settings.worker.waiting_chunks_max,
+        cache_bytes_max=settings.worker.cache_bytes,
+    )

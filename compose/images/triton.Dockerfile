@@ -17,12 +17,14 @@ ENV PIP_BREAK_SYSTEM_PACKAGES=1 \
 WORKDIR /opt/moveline
 
 COPY pyproject.toml compose/images/requirements.py ./
-RUN python3 requirements.py pyproject.toml msgspec numpy redis safetensors torch xxhash \
+RUN python3 requirements.py pyproject.toml \
+        confluent-kafka msgspec numpy redis safetensors torch xxhash \
         > requirements.txt \
     && pip3 install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} --requirement requirements.txt
 
 COPY features features
 COPY scoring scoring
+COPY streams streams
 
 RUN install --directory --owner=1000 --group=1000 /models
 USER 1000:1000

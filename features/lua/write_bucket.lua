@@ -4,7 +4,8 @@
 -- ARGV[2] the checkpoint this write was computed from, empty when there is none yet
 -- ARGV[3] the checkpoint after it            ARGV[4] where a row's position starts, from its end
 -- then for each user: expected position (empty when no row is expected), bytes of the old row to
--- keep (-1 replaces it), bytes to write, how many chunk arguments follow, chunk number, records...
+-- keep (-1 replaces it, -2 drops the user's chunks as well), bytes to write, how many chunk
+-- arguments follow, chunk number, records...
 -- Returns 1 when written, 0 when the checkpoint differs, -n when user n's row differs.
 if (redis.call('HGET', KEYS[1], ARGV[1]) or '') ~= ARGV[2] then
   return 0
@@ -24,6 +25,9 @@ for user, start in ipairs(starts) do
   local keep = tonumber(ARGV[start + 1])
   if keep < 0 then
     redis.call('SET', KEYS[2 * user], ARGV[start + 2])
+    if keep == -2 then
+      redis.call('DEL', KEYS[2 * user + 1])
+    end
   else
     redis.call('SETRANGE', KEYS[2 * user], keep, ARGV[start + 2])
   end

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 # Processor time, which a busy machine does not stretch as it does wall time.
 CPU_S_MAX = 2.0
-HEAVY = ("torch", "feast", "pandas", "tritonclient", "confluent_kafka", "pyarrow", "faust")
+HEAVY = (
+    "torch", "feast", "pandas", "tritonclient", "confluent_kafka", "pyarrow", "faust", "matplotlib",
+)  # fmt: skip
 # Runs one command line and says what it imported.
 PROBE = """
 import json, sys
@@ -50,7 +52,8 @@ def test_the_commands_are_those_promised() -> None:
     promised = {
         "up", "down", "status", "produce", "worker", "lake", "features", "train", "evaluate",
         "publish", "recommend", "demo", "items", "topics", "dlq", "replay", "generations",
-        "audit", "promote", "demote", "drop", "nearline",
+        "audit", "promote", "demote", "drop", "nearline", "compact", "skew", "forget",
+        "repartition",
     }  # fmt: skip
     assert {words[0] for words in COMMANDS if len(words) == 1} == promised
     assert ("items", "load") in COMMANDS

@@ -14,6 +14,7 @@ KEYS = (
     "triton.grpc",
     "triton.http",
     "lake.path",
+    "feature_log.share",
     "model_repository",
     "generation",
 )

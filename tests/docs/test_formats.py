@@ -21,7 +21,9 @@ from features.catalogue import Item
 from features.config import DEFAULT_ACTIONS
 from features.errors import Reason
 from features.events import Event
+from features.feature_log import Served
 from features.lake import LAKE_SCHEMA
+from features.lake_manifest import Manifest
 from features.row import TRAILER_BYTES
 from features.state import RECORD, RECORD_BYTES
 from scoring.signature import PROVENANCE, Degraded
@@ -57,6 +59,11 @@ def test_event_fields(formats: str, table: Table) -> None:
     assert set(first_names(rows)) == set(fields)
     for name, row in zip(first_names(rows), rows, strict=True):
         assert (row[3] == "refused") is fields[name].required, name
+
+
+def test_feature_log_record(formats: str, table: Table) -> None:
+    rows = table(formats, "field of the record", "type", "what")
+    assert first_names(rows) == list(Served.__struct_fields__)
 
 
 def test_item_fields_and_actions(formats: str) -> None:
@@ -230,8 +237,10 @@ def test_settings_are_in_the_handbook(key: str, handbook: str) -> None:
     assert f"`{key}`" in handbook
 
 
-def test_metrics(formats: str, table: Table) -> None:
-    described = []
+def test_metrics(formats: str, table: Table, repository: Path) -> None:
+    program = (repository / "model_repo/recommend/1/model.py").read_text(encoding="utf-8")
+    described = first_names(table(formats, "scoring metric", "counts"))
+    assert set(described) == set(re.findall(r'"(moveline_\w+_total)"', program))
     for header, metrics in (
         ("metric", WorkerMetrics()),
         ("near-line metric", NearlineMetrics()),
@@ -241,3 +250,8 @@ def test_metrics(formats: str, table: Table) -> None:
         assert set(named) == exported
         described += named
     assert set(re.findall(r"`(moveline_\w+)`", formats)) == set(described)
+
+
+def test_the_lakes_revisions(formats: str, table: Table) -> None:
+    named = first_names(table(formats, "key of a revision", "what"))
+    assert named == list(Manifest.__struct_fields__)

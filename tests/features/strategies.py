@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-from features.config import StateConfig
+from features.config import FORGET_CODE, StateConfig
 from features.state import Accepted, Position
 
 # Small streams, so that a few dozen events reach every branch of the state machine.
@@ -10,15 +10,16 @@ SMALL = StateConfig(recent=4, mid=6, chunk=3, dedup_window=5, session_gap_ms=10,
 
 
 @st.composite
-def event_lists(draw: st.DrawFn, *, max_size: int = 60) -> list[Accepted]:
+def event_lists(draw: st.DrawFn, *, max_size: int = 60, forgets: bool = False) -> list[Accepted]:
     """Return one user's log: times mostly forward, some late, some repeated ids."""
+    actions = list(range(len(SMALL.actions)))
     steps = draw(
         st.lists(
             st.tuples(
                 st.integers(-60, 30),  # time step: negative is a late event
                 st.integers(0, 12),  # event hash: few, so repeats are common
                 st.integers(0, 5),
-                st.integers(0, len(SMALL.actions) - 1),
+                st.sampled_from([*actions, FORGET_CODE] if forgets else actions),
                 st.integers(-1, 100),
                 st.integers(1, 3),  # offset step: logs have holes
             ),

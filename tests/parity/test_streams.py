@@ -1,9 +1,9 @@
 """Law: the streams a model is trained on are those scoring reads, value by value.
 
-Method: any users' logs go through the real step into states; at every label the trainer's tensors
-are compared with the tensors scoring builds from the state right before the label's first event,
-seen at the label's time. Events are in time order here: late ones are the subject of the lake's
-own point-in-time work.
+Method: any users' logs, late events among them, are cut by the trainer at every label; its tensors
+are compared with those scoring builds from the features at the ordinal before the label's first
+event, seen at the label's time. Where no event known then is dated later, those are the features of
+the state itself.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from features.as_of import features_at
 from features.config import StateConfig
-from features.state import EMPTY_STATE, Accepted, Position, UserState, step
-from features.view import batch_streams
+from features.state import EMPTY_STATE, Accepted, Position, step
+from features.view import batch_streams, seen_clock_ms
 from scoring.tensors import retrieval_inputs
 from trainer.batches import BatchSource
 from trainer.dataset import EventLog, label_groups
@@ -27,6 +28,8 @@ from trainer.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from features.view import UserView
+
 CONFIG = StateConfig(recent=4, mid=6, chunk=3, dedup_window=5)
 STREAMS = [
     f"{stream}_{field}"
@@ -34,16 +37,17 @@ STREAMS = [
     for field in ("item", "age_ms", "domain", "action", "dwell_ms")
 ]
 
-# Per user: (time step to the event before, item); a step of 0 joins the basket before it.
+# Per user: (time step to the event before, item); a step of 0 joins the basket before it, one
+# backwards is a late event.
 users_logs = st.lists(
-    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5)), min_size=1, max_size=30),
+    st.lists(st.tuples(st.integers(-4, 3), st.integers(0, 5)), min_size=1, max_size=30),
     min_size=1,
     max_size=4,
 )
 
 
 def accepted(steps: list[tuple[int, int]]) -> list[Accepted]:
-    times = np.cumsum([gap for gap, _ in steps]) * 86_400_000 + 1
+    times = (200 + np.cumsum([gap for gap, _ in steps])) * 86_400_000 + 1
     return [
         Accepted(
             Position(0, 0, offset),
@@ -83,12 +87,23 @@ def test_training_streams_equal_scoring_streams(steps: list[list[tuple[int, int]
     trained = raw_streams(source, groups)
     for row in range(len(groups)):
         user, before = int(groups.user_G[row]), int(groups.first_ordinal_G[row])
-        state = step(EMPTY_STATE, logs[user][:before], CONFIG).state
-        served = served_streams(state, clock_ms=int(groups.time_ms_G[row]))
+        clock_ms = int(groups.time_ms_G[row])
+        view = features_at(logs[user], ordinal=before, clock_ms=clock_ms, config=CONFIG)
+        served = tensors_of(view, clock_ms)
         for name in STREAMS:
             assert torch.equal(trained[name][row], served[name][0]), (name, row)
+        state = step(EMPTY_STATE, logs[user][:before], CONFIG).state
+        if seen_clock_ms(clock_ms, state) == clock_ms:
+            streams = batch_streams([state], clock_ms, CONFIG)
+            of_state = retrieval_inputs(streams, [[]], frozenset())
+            assert all(torch.equal(served[name], of_state[name]) for name in STREAMS)
 
 
-def served_streams(state: UserState, *, clock_ms: int) -> dict[str, torch.Tensor]:
-    streams = batch_streams([state], clock_ms, CONFIG)
+def tensors_of(view: UserView, clock_ms: int) -> dict[str, torch.Tensor]:
+    """Return the tensors scoring builds, from features instead of a state."""
+    streams = batch_streams([EMPTY_STATE], clock_ms, CONFIG)
+    for padded, records in ((streams.recent_BR, view.recent), (streams.mid_BM, view.mid)):
+        padded[0, padded.shape[1] - records.size :] = records
+    if view.newest_event_time_ms is not None:
+        streams.newest_ms_B[0] = view.newest_event_time_ms
     return retrieval_inputs(streams, [[]], frozenset())

@@ -147,13 +147,18 @@ def test_killed_at_any_moment_it_resumes_exactly(stack: LocalStack, place: Place
     assert everything(again) == everything(place.live)
 
 
+def everything_kept(lake: Path, *, origin: str) -> ReplayRequest:
+    """Return a request under a cap that nobody reaches: the live generation has all its chunks."""
+    return ReplayRequest(origin=origin, lake=lake, waiting_chunks_max=10_000)
+
+
 def test_from_the_lake_then_kafka_none_twice(place: Place, tmp_path: Path) -> None:
     place.produce(6_000)
     place.sink(tmp_path)
     place.produce(3_000)
     place.catch_up()
     again = place.fresh()
-    report = place.build(again, ReplayRequest(origin="lake", lake=tmp_path))
+    report = place.build(again, everything_kept(tmp_path, origin="lake"))
     assert report.num_duplicates > 0
     assert everything(again) == everything(place.live)
     # What no generation could take never got into the lake.
@@ -172,7 +177,7 @@ def test_what_retention_took_comes_from_the_lake(place: Place, tmp_path: Path) -
     forget_before(place, lows)
     for origin in ("earliest", "lake"):
         again = place.fresh()
-        place.build(again, ReplayRequest(origin=origin, lake=tmp_path))
+        place.build(again, everything_kept(tmp_path, origin=origin))
         assert everything(again) == everything(place.live)
 
 

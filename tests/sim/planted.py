@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 from unittest.mock import patch
 
+from features.chunks import FIRST_FIELD, Drop
 from features.redis import WRITTEN
 from features.state import Chunk, _Work, step
 from streams import processor
+from streams.chunk_cap import LakeEnds
 from streams.dead_letters import DeadLetterProducer
 from streams.effects import Effects
 from streams.kafka import KafkaException, TopicPartition
@@ -94,16 +96,28 @@ def _step_under(**wrong: int) -> Callable[..., Change]:
 
 
 class _LateAppended(_Work):
-    def _insert(self, event: Accepted) -> None:
-        newest_ms, self.newest_ms = self.newest_ms, event.event_time_ms
-        super()._insert(event)
-        self.newest_ms = max(newest_ms, event.event_time_ms)
+    def _insert_late(self, record: bytes, time_ms: int) -> None:
+        del time_ms
+        self.tail += record
 
 
 class _OrdinalsRestarted(_Work):
     def _depart(self) -> None:
         super()._depart()
         self.ordinal = 0
+
+
+class _ChunksNotForgotten(_Work):
+    def _forget(self, event: Accepted) -> None:
+        super()._forget(event)
+        self.forgets = False
+
+
+class _WindowNotForgotten(_Work):
+    def _forget(self, event: Accepted) -> None:
+        window = self.window
+        super()._forget(event)
+        self.window = window
 
 
 class _ChunkOverwritten(_Work):
@@ -148,10 +162,10 @@ def _revoke_with_cache(self: Processor, partitions: Iterable[int]) -> None:
         self.checkpoints.pop(partition, None)
 
 
-def _write_and_hope(self: Processor, writes: list[BucketWrite]) -> None:
-    if writes:
-        self.states.write_buckets(writes)
-    for write in writes:
+def _write_and_hope(self: Processor, writes: Iterable[BucketWrite]) -> None:
+    made = list(writes)
+    self.states.write_buckets(made)
+    for write in made:
         self.checkpoints[write.partition][write.bucket] = write.advance_to
 
 
@@ -193,7 +207,7 @@ def _idle_too_far(self: Processor, ends: Mapping[int, int]) -> None:
 def _states_before_letters(self: Effects, records: Iterable[Record]) -> Report:
     batch = sort_records(records, self.processor.config)
     report = self.apply_batch(batch)
-    self._send_dead_letters(batch)
+    self.send_dead_letters(batch)
     return report
 
 
@@ -246,6 +260,26 @@ def _give_up_keeping(self: _Run, partitions: list[TopicPartition]) -> None:
     pending = dict(self.pending)
     _GIVE_UP(self, partitions)
     self.pending = pending
+
+
+# The cap on waiting chunks.
+
+_DROP_CHUNKS: Final = SimRedis.drop_chunks
+
+
+def _unmarked(self: SimRedis, user: int, drop: Drop) -> int:
+    dropped = _DROP_CHUNKS(self, user, drop)
+    self.data.pop(("chunk", user, FIRST_FIELD), None)
+    return dropped
+
+
+def _marked_blindly(self: SimRedis, user: int, drop: Drop) -> int:
+    self.write({("chunk", user, FIRST_FIELD): b"%d" % drop.keep_from})
+    return 0
+
+
+def _everything(*_: object) -> int:
+    return 2**62
 
 
 PLANTED: Final = {
@@ -311,8 +345,22 @@ PLANTED: Final = {
         "ordinals start again after a chunk left",
         ((processor, "step", _stepping(_OrdinalsRestarted)),),
     ),
+    "chunks-not-forgotten": Plant(
+        "a forget leaves the waiting chunks", ((processor, "step", _stepping(_ChunksNotForgotten)),)
+    ),
+    "window-not-forgotten": Plant(
+        "a forget leaves the duplicate window",
+        ((processor, "step", _stepping(_WindowNotForgotten)),),
+    ),
     "chunk-overwritten": Plant(
         "every chunk is chunk 0", ((processor, "step", _stepping(_ChunkOverwritten)),)
+    ),
+    "chunks-dropped-early": Plant(
+        "the lake is not asked before a chunk leaves Redis", ((LakeEnds, "__call__", _everything),)
+    ),
+    "hole-unmarked": Plant("dropped chunks leave no mark", ((SimRedis, "drop_chunks", _unmarked),)),
+    "hole-marked-blindly": Plant(
+        "the mark is set, whatever is there", ((SimRedis, "drop_chunks", _marked_blindly),)
     ),
     "letters-not-awaited": Plant(
         "a dead letter counts as sent when it is queued",
@@ -321,6 +369,7 @@ PLANTED: Final = {
     "domains-after-states": Plant(
         "a domain's text is written after the states",
         ((Effects, "apply_batch", _domains_after_states),),
+        seed=2054,
     ),
     "domains-remembered": Plant(
         "a domain once written is never written again", ((Effects, "forget", _nothing),)

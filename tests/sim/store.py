@@ -11,9 +11,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
 from features.catalogue import decode_item, encode_item
+from features.chunks import FIRST_FIELD, Drop
 from features.errors import StoreFullError, StoreUnavailableError
 from features.redis import CHECKPOINT_DIFFERS, WRITTEN, BucketWrite
-from features.row import POSITION_BYTES, POSITION_FROM_END, decode_row
+from features.row import (
+    FORGET,
+    FORMATS,
+    POSITION_BYTES,
+    POSITION_FROM_END,
+    ROW_FORMAT,
+    RowFormat,
+    decode_row,
+)
 from features.state import EMPTY_STATE, UserState, rebuild_window
 
 if TYPE_CHECKING:
@@ -39,19 +48,22 @@ class SimRedis:
     is_away: bool = False
     is_full: bool = False
 
-    def write(self, changes: Mapping[Key, Value]) -> None:
-        """One command: all of it happens, at once."""
+    def write(self, changes: Mapping[Key, Value | None]) -> None:
+        """One command: all of it happens, at once; None deletes."""
         self.journal.append([(key, self.data.get(key)) for key in changes])
-        self.data.update(changes)
+        self._set(changes.items())
+
+    def _set(self, changes: Iterable[tuple[Key, Value | None]]) -> None:
+        for key, value in changes:
+            if value is None:
+                self.data.pop(key, None)
+            else:
+                self.data[key] = value
 
     def restore(self, num_commands: int) -> None:
         """Stand again where Redis stood after its first `num_commands` commands."""
         while len(self.journal) > num_commands:
-            for key, before in self.journal.pop():
-                if before is None:
-                    del self.data[key]
-                else:
-                    self.data[key] = before
+            self._set(self.journal.pop())
 
     def row(self, user: int) -> bytes:
         """Return a user's row, empty when there is none."""
@@ -60,7 +72,7 @@ class SimRedis:
         return row
 
     def chunks(self, user: int) -> dict[bytes, bytes]:
-        """Return a user's chunks by number."""
+        """Return a user's chunks by number, and the mark if there is one."""
         return {
             key[2]: value
             for key, value in self.data.items()
@@ -80,14 +92,28 @@ class SimRedis:
         for number, (user, row) in enumerate(write.rows.items(), 1):
             if self.row_differs(user, row):
                 return -number
-        changes: dict[Key, Value] = {}
+        changes: dict[Key, Value | None] = {}
         for user, row in write.rows.items():
             changes["row", user] = patched(self.row(user), row)
+            if row.keep == FORGET:
+                changes |= {("chunk", user, number): None for number in self.chunks(user)}
             parts = row.chunks
             changes |= {("chunk", user, parts[i]): parts[i + 1] for i in range(0, len(parts), 2)}
         place = "checkpoint", write.bucket, write.source, write.partition
         self.write({**changes, place: write.advance_to})
         return WRITTEN
+
+    def drop_chunks(self, user: int, drop: Drop) -> int:
+        """Do what features/lua/drop_chunks.lua does, and answer as it does."""
+        held = self.chunks(user)
+        witness = held.get(b"%d" % drop.newest)
+        if witness is None or not witness.startswith(drop.begins):
+            return 0
+        numbers = [b"%d" % n for n in range(int(held.get(FIRST_FIELD, 0)), drop.keep_from)]
+        gone: dict[Key, Value | None] = {("chunk", user, n): None for n in numbers if n in held}
+        if gone:
+            self.write({**gone, ("chunk", user, FIRST_FIELD): b"%d" % drop.keep_from})
+        return len(gone)
 
     def checkpoint_differs(self, write: BucketWrite) -> bool:
         """Return whether the bucket does not stand where the write was computed from."""
@@ -131,6 +157,10 @@ class Hooks(Protocol):
         """A bucket was written; the world looks at it."""
         ...
 
+    def dropped(self, user: int) -> None:
+        """Some of a user's chunks have left; the world looks at it."""
+        ...
+
     def is_refused(self) -> bool:
         """Return whether a full Redis refuses this command; smaller ones may still fit."""
         ...
@@ -143,6 +173,7 @@ class SimStore:
     redis: SimRedis
     config: StateConfig
     hooks: Hooks
+    row_format: RowFormat = FORMATS[ROW_FORMAT]
     generation: int = 1
     is_broken: bool = False
 
@@ -157,7 +188,7 @@ class SimStore:
             for user, row in rows.items()
         }
 
-    def write_buckets(self, writes: Sequence[BucketWrite]) -> list[int]:
+    def write_buckets(self, writes: Iterable[BucketWrite]) -> list[int]:
         """Write each bucket whole or not at all; others' commands may come in between."""
         replies: list[int] = []
         is_refused = False
@@ -193,6 +224,18 @@ class SimStore:
         }
         self.hooks.at("checkpoints read")
         return found
+
+    def drop(self, drops: Mapping[int, Drop]) -> int:
+        """Drop users' oldest chunks; others' commands may come in between."""
+        num_dropped = 0
+        for user, drop in drops.items():
+            self._reach(f"drop chunks of {user} before {drop.keep_from}")
+            num_dropped += self.redis.drop_chunks(user, drop)
+            self.hooks.dropped(user)
+        if self.hooks.lose_reply():
+            raise StoreUnavailableError("the reply was lost")
+        self.hooks.at("chunks dropped")
+        return num_dropped
 
     def put_domains(self, domains: Mapping[int, str]) -> None:
         """Remember which text a domain hash stands for."""

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from features import keys
+from features.chunks import ChunkStore, Drop
 from features.redis import BucketWrite, CatalogueStore, StateStore, connect
 from features.row import RowWrite, encode_position, encode_write
 from features.state import EMPTY_STATE, Accepted, Position, UserState, step
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
 
     from compose.local.stack import LocalStack
 
-USERS = {bucket: [u for u in _USERS if keys.bucket_of(u) == bucket][:3] for bucket in range(2)}
+_IN = {bucket: [u for u in _USERS if keys.bucket_of(u) == bucket] for bucket in range(2)}
+USERS = {bucket: users[:3] for bucket, users in _IN.items()}
+# One more of each bucket, whose row is never read as one.
+RAW_USERS = {bucket: users[3] for bucket, users in _IN.items()}
 pytestmark = pytest.mark.servers
 # No test of another area counts from here.
 _GENERATIONS = itertools.count(900_000)
@@ -41,6 +45,9 @@ class Silent:
 
     def written(self, write: BucketWrite) -> None:
         del write
+
+    def dropped(self, user: int) -> None:
+        del user
 
     def lose_reply(self) -> bool:
         return False
@@ -83,6 +90,9 @@ WRITES = st.lists(
         st.integers(1, 5),  # how far the checkpoint moves
         st.lists(ROWS, max_size=4),
         st.none() | RAW,
+        # Drop chunks: whose, before which, with which one as a witness, and is it the same one?
+        st.none()
+        | st.tuples(st.integers(0, 2), st.integers(0, 5), st.integers(0, 3), st.booleans()),
     ),
     max_size=12,
 )
@@ -92,10 +102,11 @@ WRITES = st.lists(
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_both_take_and_refuse_the_same(client: redis.Redis, plan: list[tuple]) -> None:
     real = StateStore(client, next(_GENERATIONS), CONFIG)
+    chunks = ChunkStore(client, real.generation)
     fake = SimStore(SimRedis(), CONFIG, Silent())
     states: dict[int, list[UserState]] = {}
     checkpoints: dict[tuple[int, int], list[int]] = {}
-    for bucket, partition, ago, further, rows, raw in plan:
+    for bucket, partition, ago, further, rows, raw, drop in plan:
         left = checkpoints.setdefault((bucket, partition), [-1])
         write = BucketWrite(bucket, 0, partition, left[-1 - min(ago, len(left) - 1)], 0, {})
         write = write._replace(advance_to=max(left) + further)
@@ -109,8 +120,7 @@ def test_both_take_and_refuse_the_same(client: redis.Redis, plan: list[tuple]) -
             written[user] = encode_write(before, change, NUM_ACTIONS)
             after[user] = change.state
         if raw is not None:
-            # A user of its own, whose row is never read as one.
-            written[_USERS[-1]] = raw
+            written[RAW_USERS[bucket]] = raw
         write = write._replace(rows=written)
         replies = real.write_buckets([write])
         assert replies == fake.write_buckets([write])
@@ -118,15 +128,21 @@ def test_both_take_and_refuse_the_same(client: redis.Redis, plan: list[tuple]) -
             left.append(write.advance_to)
             for user, state in after.items():
                 states[user].append(state)
+        if drop is not None:
+            who, keep_from, newest, is_same = drop
+            user = USERS[bucket][who]
+            there = fake.redis.chunks(user).get(b"%d" % newest, b"x")
+            wanted = {user: Drop(keep_from, newest, there[:48] if is_same else b"another")}
+            assert chunks.drop(wanted) == fake.drop(wanted)
     users = [*USERS[0], *USERS[1]]
     assert real.load(users) == fake.load(users)
-    everybody = [*users, _USERS[-1]]
+    everybody = [*users, *RAW_USERS.values()]
     assert real.read_rows(everybody) == [fake.redis.row(user) or None for user in everybody]
-    held = real.read_checkpoints(0, [0, 1])
-    assert {p: at[:NUM_BUCKETS] for p, at in held.items()} == fake.read_checkpoints(0, [0, 1])
+    checked = real.read_checkpoints(0, [0, 1])
+    assert {p: at[:NUM_BUCKETS] for p, at in checked.items()} == fake.read_checkpoints(0, [0, 1])
     for user in everybody:
-        chunks = client.hgetall(keys.chunks_key(real.generation, user))
-        assert chunks == fake.redis.chunks(user)
+        held = client.hgetall(keys.chunks_key(real.generation, user))
+        assert held == fake.redis.chunks(user)
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=8))

@@ -5,13 +5,14 @@ The generator knows which of its records are events; the decoder under test has 
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
-from features.config import StateConfig
+from features.config import FORGET_ACTION, StateConfig
 from features.events import Event, domain_hash, encode_event, event_hash
 from features.keys import bucket_of
 from features.oracle import oracle_state
@@ -36,7 +37,8 @@ CONFIG: Final = StateConfig(
     future_tolerance_ms=300_000,
 )
 NUM_ACTIONS: Final = len(CONFIG.actions)
-_CODES: Final = {action: code for code, action in enumerate(CONFIG.actions)}
+_CODES: Final = CONFIG.codes
+_FORGET_SHARE: Final = 0.01
 # Times fall on a grid that divides the session gap, so that "exactly at the gap" happens.
 _GRID_MS: Final = 1_000
 _DOMAINS: Final = (None, None, "home", "search", "brot & käse")
@@ -54,10 +56,16 @@ class Sent(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """What Redis must hold for a user."""
+    """What Redis must hold for a user.
+
+    Attributes:
+        chunks: by number, were none ever dropped.
+        ends: for each chunk, the largest offset of its events and those of the chunks before it.
+    """
 
     row: bytes
     chunks: dict[bytes, bytes]
+    ends: list[int]
 
 
 @dataclass
@@ -70,19 +78,21 @@ class UserLog:
     events: list[Accepted] = field(default_factory=list)
     expected: dict[int, Expected] = field(default_factory=dict)
     sent: list[Sent] = field(default_factory=list)
+    has_chunks: bool = False  # ever had: looking for none is slow
 
     def below(self, next_offset: int) -> Expected:
         """Return what the events before an offset amount to."""
         count = bisect_left(self.offsets, next_offset)
         if count not in self.expected:
             self.expected[count] = expected_of(self.events[:count])
+            self.has_chunks |= bool(self.expected[count].chunks)
         return self.expected[count]
 
 
 def expected_of(events: Sequence[Accepted]) -> Expected:
     """Return a user's row and chunks by one step from nothing, after the oracle has agreed."""
     if not events:
-        return Expected(b"", {})
+        return Expected(b"", {}, [])
     change = step(EMPTY_STATE, events, CONFIG)
     oracle = oracle_state(events, CONFIG)
     state = change.state
@@ -97,11 +107,14 @@ def expected_of(events: Sequence[Accepted]) -> Expected:
             (n.ordinal, n.event.event_hash, n.event.event_time_ms, n.event.item_id, n.event.domain)
             for n in numbered
         ]
-    assert state.next_ordinal == len(oracle.accepted)
+    assert (state.next_ordinal, state.position) == (oracle.next_ordinal, oracle.position)
     assert state.num_late == oracle.num_late
     assert (state.user_session and state.user_session._asdict()) == oracle.session
+    newest = [max(n.event.position.offset for n in chunk) for chunk in oracle.chunks]
     return Expected(
-        encode_row(state, NUM_ACTIONS), {b"%d" % c.number: c.records for c in change.chunks}
+        encode_row(state, NUM_ACTIONS),
+        {b"%d" % c.number: c.records for c in change.chunks},
+        list(itertools.accumulate(newest, max)),
     )
 
 
@@ -152,7 +165,7 @@ class Traffic:
         if event is None or not sent.is_valid:
             self.invalid[log.partition, offset] = sent
             return
-        if event.action not in CONFIG.stream_actions:
+        if event.action not in CONFIG.entering:
             return
         if event.domain is not None:
             self.domains[log.partition, offset] = event.domain
@@ -176,11 +189,12 @@ class Traffic:
         time_ms = now_ms // _GRID_MS * _GRID_MS
         if rng.random() < self.late_share:
             time_ms -= rng.randrange(1, 20) * _GRID_MS
+        forgets = rng.random() < _FORGET_SHARE
         return Event(
             event_id=event_id or f"e{self.number}",
             user_id=user,
-            item_id=rng.choice([2**63 - 1, 1, 2, 3]),
-            action=rng.choice(CONFIG.actions),
+            item_id=0 if forgets else rng.choice([2**63 - 1, 1, 2, 3]),
+            action=FORGET_ACTION if forgets else rng.choice(CONFIG.actions),
             event_time_ms=time_ms,
             domain=rng.choice(_DOMAINS),
             dwell_ms=rng.choice([None, 0, 1_200]),

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import pyarrow.parquet as pq
 
 from features.catalogue import Item, encode_item
+from features.chunks import FIRST_FIELD
 from features.events import domain_hash
 from features.lake import file_name, partition_folder
+from streams.chunk_cap import ChunkCap, LakeEnds
 from streams.dead_letters import DeadLetterProducer
 from streams.effects import Effects
 from streams.errors import DeadLetterError, WorkerStuckError
@@ -86,6 +88,15 @@ def draw_faults(rng: random.Random) -> Faults:
     )
 
 
+def draw_chunks_max(seed: int, faults: Faults) -> int | None:
+    """Return the cap on waiting chunks, where there is one.
+
+    A source of its own: seeds without a cap stay what they were.
+    """
+    rng = random.Random(f"cap-{seed}")
+    return rng.randint(1, 2) if faults.retention and rng.random() < 0.7 else None
+
+
 @dataclass
 class SimWorker:
     """One process of the hot worker; `run` is None while it is down."""
@@ -101,7 +112,7 @@ class SimWorker:
     def start(self) -> None:
         """Start the process; the one before it under this name has left the group."""
         world = self.world
-        self.store = world.make_store(self)
+        self.store = store = world.make_store(self)
         self.consumer = SimConsumer(world.broker, self)
         worker = Worker(
             kafka=KafkaConfig("none"),
@@ -115,9 +126,12 @@ class SimWorker:
             clock=world.now_s,
         )
         letters = DeadLetterProducer(cast("Any", SimProducer(world.broker, self)), TOPICS)
-        effects = Effects(
-            Processor(self.store, CONFIG), self.store, letters, _METRICS, clock=world.now_ms
-        )
+        cap = None
+        if world.chunks_max is not None:
+            ends = LakeEnds(world.lake, TOPICS.events)
+            cap = ChunkCap(store, ends, _METRICS, world.chunks_max, clock=world.now_s)
+        processor = Processor(store, CONFIG, chunk_cap=cap)
+        effects = Effects(processor, store, letters, _METRICS, clock=world.now_ms)
         self.run = _Run(worker, effects)
         self.consumer.subscribe(
             [TOPICS.events, TOPICS.items],
@@ -188,6 +202,9 @@ class SimWorker:
     def written(self, write: BucketWrite) -> None:
         self.world.check_write(self, write)
 
+    def dropped(self, user: int) -> None:
+        self.world.check_dropped(self, user)
+
 
 class World:
     """Everything there is: the log, Redis, the lake, the workers, the time."""
@@ -210,6 +227,7 @@ class World:
         self.broker.on_commit = self.check_commit
         self.redis = SimRedis()
         self.workers = [SimWorker(self, f"w{i}", rng) for i in range(rng.randint(1, 3))]
+        self.chunks_max = draw_chunks_max(seed, self.faults)
         self.lake_ends = dict.fromkeys(range(num_partitions), 0)
         self.lost_letters: set[tuple[int, int]] = set()
         self.time_s = 0.0
@@ -447,8 +465,23 @@ class World:
         expected = log.below(at)
         about = f"user {log.user} of partition {log.partition} before offset {at}"
         self.must(self.redis.row(log.user) == expected.row, f"row of {about}")
-        if expected.chunks:
-            self.must(self.redis.chunks(log.user) == expected.chunks, f"chunks of {about}")
+        if not log.has_chunks:
+            return
+        held = self.redis.chunks(log.user)
+        first = int(held.pop(FIRST_FIELD, 0))
+        kept = {number: data for number, data in expected.chunks.items() if int(number) >= first}
+        self.must(held == kept, f"chunks of {about}")
+        if first:
+            self.must(len(kept) >= (self.chunks_max or 0), f"too few chunks of {about}")
+            end = self.lake_ends[log.partition]
+            self.must(expected.ends[first - 1] < end, f"chunks dropped before {end} of {about}")
+
+    def check_dropped(self, worker: SimWorker, user: int) -> None:
+        """Chunks of a user were dropped: those that the lake has, and no others."""
+        self.say(f"{worker.name} dropped chunks of {user}")
+        for (bucket, partition), logs in self.traffic.by_place.items():
+            if any(log.user == user for log in logs):
+                self.check_bucket(bucket, partition)
 
     def check_commit(self, place: tuple[str, int]) -> None:
         """Kafka was told an offset: what is no event before it is kept."""

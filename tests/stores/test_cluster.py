@@ -11,6 +11,7 @@ import pytest
 
 from features import keys
 from features.catalogue import Item
+from features.chunks import ChunkStore
 from features.errors import StoreUnavailableError, UnsafeStoreError
 from features.generations import Generations
 from features.nearline import SessionNote, SessionStore, TileStore
@@ -77,7 +78,8 @@ def test_a_generation_is_counted_listed_and_dropped(
     assert generations.count_users() == {store.generation: len(USERS)}
     assert generations.users(store.generation, lambda user: user % 2 == 0) == list(USERS)[::2]
     assert list(generations.recorded()) == [store.generation]
-    assert all(generations.chunks(store.generation, list(USERS)))
+    waiting = ChunkStore(store.client, store.generation).read(list(USERS))
+    assert all(one.records for one in waiting)
     assert memory_used(client) > 0
     generations.refuse_full(store.generation)
     assert sum(generations.drop(store.generation)) > 2 * len(USERS)

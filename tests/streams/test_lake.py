@@ -19,14 +19,21 @@ from confluent_kafka.admin import AdminClient
 
 from features import oracle
 from features.config import StateConfig
-from features.errors import LakeError, Reason
+from features.errors import LakeBusyError, LakeError, Reason
 from features.events import CONTENT_TYPE_HEADER, MSGPACK_TYPE, Event, decode_event, encode_event
-from features.lake import TRAINING_COLUMNS, list_files, read_accepted, read_events
+from features.lake import (
+    BLOCK_OFFSETS,
+    TRAINING_COLUMNS,
+    list_files,
+    read_accepted,
+    read_events,
+)
+from features.lake_lock import locked
 from streams import lake_file
-from streams.errors import LakeBusyError, LogHoleError, LogTruncatedError, TopicMissingError
+from streams.errors import LogHoleError, LogTruncatedError, TopicMissingError
 from streams.kafka import KafkaConfig, TopicPartition, make_producer, watermarks
 from streams.lake import LakeSink
-from streams.lake_file import BLOCK_OFFSETS, LakeRow, Partition, locked
+from streams.lake_file import LakeRow, Partition
 from streams.micro_batch import Record, sort_records
 from streams.producer import EventProducer
 from streams.publish import publish_events
@@ -381,7 +388,7 @@ def test_a_missing_file_stops_the_sink(tmp_path: Path) -> None:
 def test_a_stuck_writer_is_named(tmp_path: Path) -> None:
     with (
         locked(tmp_path),
-        pytest.raises(LakeBusyError, match=r"locked by another sink for 0\.1 s"),
+        pytest.raises(LakeBusyError, match=r"locked by another writer for 0\.1 s"),
         locked(tmp_path, timeout_s=0.1),
     ):
         pass

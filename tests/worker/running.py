@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from features.redis import CatalogueStore
+from streams.chunk_cap import WAITING_CHUNKS_DEFAULT
 from streams.kafka import committed, end_offsets
 from streams.worker import Worker, WorkerConfig, group_of
 from tests.waiting import TIMEOUT_S, until
@@ -72,6 +73,7 @@ def running(
     instance: str | None = None,
     batch_max: int = 1_000,
     lake: Path | None = None,
+    waiting_chunks_max: int = WAITING_CHUNKS_DEFAULT,
 ) -> Iterator[Running]:
     """A worker that consumes inside the block and has left its group after it."""
     worker = Worker(
@@ -79,7 +81,12 @@ def running(
         topics,
         store,
         CatalogueStore(store.client),
-        WorkerConfig(instance=instance, batch_max=batch_max, lake=lake),
+        WorkerConfig(
+            instance=instance,
+            batch_max=batch_max,
+            lake=lake,
+            waiting_chunks_max=waiting_chunks_max,
+        ),
     )
     one = Running(worker)
     one.thread.start()

@@ -17,7 +17,7 @@ from streams.micro_batch import MicroBatch
 from streams.processor import Processor, StateCache
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from features.redis import BucketWrite, StateStore
 
@@ -186,7 +186,7 @@ class LostReply:
         """Read as the real one does."""
         return self.store.read_checkpoints(source, partitions)
 
-    def write_buckets(self, writes: Sequence[BucketWrite]) -> list[int]:
+    def write_buckets(self, writes: Iterable[BucketWrite]) -> list[int]:
         """Write, and say that Redis is away."""
         self.store.write_buckets(writes)
         raise StoreUnavailableError("reply lost")

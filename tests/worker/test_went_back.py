@@ -32,7 +32,7 @@ from tests.worker.traffic import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     import redis
@@ -217,10 +217,11 @@ class AlwaysRefused(StateStore):
 
     num_writes: list[int] = field(default_factory=list)
 
-    def write_buckets(self, writes: Sequence[BucketWrite]) -> list[int]:
+    def write_buckets(self, writes: Iterable[BucketWrite]) -> list[int]:
         """Refuse everybody."""
-        self.num_writes.append(len(writes))
-        return [CHECKPOINT_DIFFERS] * len(writes)
+        refused = [CHECKPOINT_DIFFERS for _ in writes]
+        self.num_writes.append(len(refused))
+        return refused
 
 
 def test_refused_for_ever_ends_with_a_sentence(

@@ -7,19 +7,24 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 import triton_python_backend_utils as pb_utils
 from torch.utils.dlpack import from_dlpack
 
 from features.clock import now_ms
 from features.redis import connect
+from scoring.feature_log import FeatureLog
 from scoring.live import Live
 from scoring.recommend import Answered, Ask, RetrievalError, Retrieved, answer
-from scoring.signature import K_MAX, NO_ITEM, RETRIEVAL_MODEL
+from scoring.signature import K_MAX, LOGGED_SHARE_DEFAULT, NO_ITEM, RETRIEVAL_MODEL
 from scoring.tensors import retrieval_inputs
+from streams.feature_log import FeatureLogProducer
+from streams.properties import KafkaConfig
+from streams.topics import DEFAULT_PREFIX, Topics
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from features.view import StreamBatch
 
@@ -72,8 +77,7 @@ class TritonPythonModel:
     """One instance; Triton runs it in a process of its own."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Connect to Redis and start following the live pointers."""
-        del args
+        """Connect to Redis, start following the live pointers, open the feature log."""
         torch.set_num_threads(1)
         url = os.environ.get("MOVELINE_REDIS__URL")
         if not url:
@@ -83,6 +87,10 @@ class TritonPythonModel:
             )
         self.live = Live(connect(url, timeout_s=_REDIS_TIMEOUT_S))
         self.live.start()
+        self.producer = open_producer(args["model_instance_name"])
+        self.feature_log = (
+            FeatureLog(share=logged_share(), send=self.producer.send) if self.producer else None
+        )
         self.waiting = ThreadPoolExecutor(_WAITING_MAX, thread_name_prefix="moveline-wait")
 
     def execute(self, requests: list[Any]) -> None:
@@ -106,19 +114,81 @@ class TritonPythonModel:
 
     def _answer(self, group: list[tuple[Any, list[Ask]]]) -> None:
         flat = [ask for _, asks in group for ask in asks]
+        answered: list[Answered] = []
+        at_ms = now_ms()
         try:
-            answers = iter(answer(flat, self.live, retrieve, now_ms()))
+            answered = answer(flat, self.live, retrieve, at_ms)
+            answers = iter(answered)
             responses = [respond([next(answers) for _ in asks], asks) for _, asks in group]
         except Exception as error:  # a request without a response would stay in Triton for ever
             log.exception("not answered")
             responses = [fail(f"{type(error).__name__}: {error}") for _ in group]
         for (sender, _), response in zip(group, responses, strict=True):
             send(sender, response)
+        # After the answers have gone: whoever waits for one does not wait for its log.
+        if self.feature_log is not None and answered:
+            self.feature_log.log(flat, answered, at_ms)
 
     def finalize(self) -> None:
         """Let those that wait have their answer, and stop following."""
         self.waiting.shutdown()
         self.live.stop()
+        if self.producer is not None:
+            self.producer.close()
+
+
+def logged_share() -> float:
+    """Return the share of users whose answers are logged."""
+    text = os.environ.get("MOVELINE_FEATURE_LOG__SHARE", str(LOGGED_SHARE_DEFAULT))
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise pb_utils.TritonModelException(
+            f"MOVELINE_FEATURE_LOG__SHARE={text}: write a share from 0 (no log) to 1 (every user)."
+        )
+    return share
+
+
+def open_producer(instance: str) -> FeatureLogProducer | None:
+    """Return what sends the feature log, None where no Kafka is given or nobody is to be logged."""
+    bootstrap = os.environ.get("MOVELINE_KAFKA__BOOTSTRAP")
+    if not bootstrap or not logged_share():
+        log.warning("no feature log: MOVELINE_KAFKA__BOOTSTRAP is not set, or the share is 0")
+        return None
+    text = os.environ.get("MOVELINE_KAFKA__PROPERTIES", "{}")
+    try:
+        properties = msgspec.json.decode(text, type=dict[str, str])
+    except msgspec.MsgspecError as error:
+        raise pb_utils.TritonModelException(
+            f"MOVELINE_KAFKA__PROPERTIES is not a JSON object of texts: {error}"
+        ) from error
+    topics = Topics(os.environ.get("MOVELINE_KAFKA__PREFIX", DEFAULT_PREFIX))
+    producer = FeatureLogProducer(
+        KafkaConfig(bootstrap, properties),
+        topics.feature_log,
+        on_delivered=counter("moveline_feature_log_records_total", "Answers logged.", instance),
+        on_dropped=counter(
+            "moveline_feature_log_dropped_total", "Answers whose log was dropped.", instance
+        ),
+    )
+    producer.start()
+    return producer
+
+
+def counter(name: str, description: str, instance: str) -> Callable[[], None]:
+    """Return what counts one more on Triton's metrics page."""
+    family = pb_utils.MetricFamily(
+        name=name, description=description, kind=pb_utils.MetricFamily.COUNTER
+    )
+    metric = family.Metric(labels={"instance": instance})
+
+    def count() -> None:
+        assert family  # held for as long as it is counted: Triton forgets a family with its object
+        metric.increment(1)
+
+    return count
 
 
 def send(sender: Any, response: Any) -> None:  # noqa: ANN401 - Triton's objects are untyped
@@ -129,8 +199,9 @@ def send(sender: Any, response: Any) -> None:  # noqa: ANN401 - Triton's objects
 def read_asks(request: Any) -> list[Ask]:  # noqa: ANN401 - Triton's objects are untyped
     """Return the asks of one request, one per user."""
     columns = [read(request, name).flatten().tolist() for name in _INPUTS]
+    request_id = request.request_id()
     return [
-        Ask(user, k, partition, offset, wait_ms, bool(exclude_seen))
+        Ask(user, k, partition, offset, wait_ms, bool(exclude_seen), request_id)
         for user, k, partition, offset, wait_ms, exclude_seen in zip(*columns, strict=True)
     ]
 

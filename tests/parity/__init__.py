@@ -1,0 +1,1 @@
+"""Parity: what is read online equals what the lake gives."""
