@@ -48,6 +48,7 @@ _SESSION_FIELDS: Final = {
 # How a message begins that is a list of numbers: field 1, packed.
 _PACKED: Final = b"\x0a"
 _SEVEN_BITS: Final = 127
+_SHIFTS: Final = tuple(np.uint64(7 * place) for place in range(10))
 _MORE: Final = 128
 
 
@@ -150,8 +151,8 @@ def _varints(column: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]
     bits = np.ascontiguousarray(wide).view(np.uint64)
     width = max(1, -(-int(bits.max(initial=0)).bit_length() // 7))
     packed = np.empty((*bits.shape, width), np.uint8)
-    for place in range(width):
-        packed[..., place] = (bits >> np.uint64(7 * place)).astype(np.uint8)
+    for place, shift in enumerate(_SHIFTS[:width]):
+        np.right_shift(bits, shift, out=packed[..., place], casting="unsafe")
     packed |= _MORE
     packed[..., -1] &= _SEVEN_BITS
     return packed.reshape(len(bits), -1)

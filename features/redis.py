@@ -27,6 +27,7 @@ from features.redis_client import (
     mapped_errors,
     pipelined,
     primaries,
+    read_strings,
     run_script,
     scan,
     streamed,
@@ -300,16 +301,22 @@ class StateStore:
         Raises:
             StoreError: Redis did not answer.
         """
+        if newest is not None:
+            ends = self.read_ends(user_ids, newest=newest)
+            return [None if row is None else bytes(row) for row in ends]
+        commands = [("GET", keys.row_key(self.generation, user)) for user in user_ids]
+        return [row or None for row in self._pipelined(commands, "reading states")]
+
+    def read_ends(self, user_ids: Sequence[int], *, newest: int) -> list[memoryview | None]:
+        """Return the ends of rows as `read_rows` does, where they came from the socket."""
         row_keys = [keys.row_key(self.generation, user) for user in user_ids]
-        if newest is None:
-            whole = self._pipelined([("GET", key) for key in row_keys], "reading states")
-            return [row or None for row in whole]
-        start = -newest_bytes(newest)
-        rows = self._pipelined([("GETRANGE", key, start, -1) for key in row_keys], "reading states")
+        size = newest_bytes(newest)
+        commands = [("GETRANGE", key, -size, -1) for key in row_keys]
+        rows = read_strings(self.client, commands, "reading states", bytes_max=size)
         short = [i for i, row in enumerate(rows) if is_short(row, newest)]
         again = self._pipelined([("GET", row_keys[i]) for i in short], "reading states")
         for i, row in zip(short, again, strict=True):
-            rows[i] = row
+            rows[i] = memoryview(row or b"")
         return [row or None for row in rows]
 
     def _pipelined(self, commands: Sequence[tuple[Any, ...]], doing: str) -> list[Any]:

@@ -5,6 +5,7 @@ Everything else says which commands to run; only this module knows how many serv
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -30,18 +31,26 @@ from features.errors import StoreError, StoreFullError, StoreUnavailableError
 from features.redis_address import RedisAddress, parse_address
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
     Command = tuple[Any, ...]
 
 RedisClient = redis.Redis | RedisCluster
 # redis-py says little about the types of its cluster and its sentinels.
 _Untyped = Any
+# (server, connection, commands) -> replies
+Receive = Callable[[_Untyped, _Untyped, Sequence["Command"]], list[Any]]
 
 # A read for scoring that takes longer is worth less than a degraded answer.
 TIMEOUT_S_DEFAULT: Final = 5.0
 # One pipeline's size: past it Redis buffers replies for nothing.
 PIPELINE_MAX: Final = 2_000
+# What a reply has beside its string: a sign, the length, and two ends of lines. An error's line,
+# which takes the place of a string, is short too.
+_FRAME_BYTES_MAX: Final = 1_024
+_STRING: Final = ord("$")
+# As much as one system call takes at most.
+_RECEIVE_BYTES: Final = 1 << 20
 # Redis works on what has come while the next part is put together. Smaller parts cost more system
 # calls, larger ones let it wait.
 SEND_BYTES: Final = 64 * 1024
@@ -151,10 +160,41 @@ def pipelined(client: RedisClient, commands: Sequence[Command], doing: str) -> l
         ScriptMissingError: a script is unknown; what else was in the pipeline has run.
         StoreError: Redis did not answer, is full, or refused one of them; others may have run.
     """
+    return _in_turn(client, commands, doing, _receive)
+
+
+def read_strings(
+    client: RedisClient, commands: Sequence[Command], doing: str, *, bytes_max: int
+) -> list[memoryview]:
+    """Return what `pipelined` returns, for commands whose replies are strings: as they came.
+
+    Half of the time that redis-py takes for a string of some kilobytes goes into copies of it. The
+    views returned lie in the buffer that the socket was read into.
+
+    Args:
+        client: whose keys.
+        commands: of one key each.
+        doing: for messages.
+        bytes_max: no reply is longer.
+
+    Raises:
+        StoreError: as `pipelined`.
+    """
+
+    def receive(server: _Untyped, connection: _Untyped, part: Sequence[Command]) -> list[Any]:
+        del server
+        return _receive_strings(connection, len(part), bytes_max)
+
+    return _in_turn(client, commands, doing, receive)
+
+
+def _in_turn(
+    client: RedisClient, commands: Sequence[Command], doing: str, receive: Receive
+) -> list[Any]:
     replies: list[Any] = []
     for start in range(0, len(commands), PIPELINE_MAX):
         with mapped_errors(doing):
-            replies += _run(client, commands[start : start + PIPELINE_MAX])
+            replies += _run(client, commands[start : start + PIPELINE_MAX], receive)
     return _without_errors(replies, doing)
 
 
@@ -212,14 +252,14 @@ def _send(connection: _Untyped, commands: Iterable[Command]) -> int:
     return num_sent
 
 
-def _run(client: RedisClient, commands: Sequence[Command]) -> list[Any]:
+def _run(client: RedisClient, commands: Sequence[Command], receive: Receive) -> list[Any]:
     """Return replies, errors among them; a slot that moved is followed, command by command.
 
     redis-py's own pipelines are not used: the one for clusters sends again what a broken connection
     may have written, and both spend on each reply what a user's row takes to travel.
     """
     if not isinstance(client, RedisCluster):
-        return _exchange([(client, commands)])[0]
+        return _exchange([(client, commands)], receive)[0]
     cluster: _Untyped = client
     places: dict[str, list[int]] = {}
     for i, command in enumerate(commands):
@@ -228,7 +268,7 @@ def _run(client: RedisClient, commands: Sequence[Command]) -> list[Any]:
     nodes = [cluster.get_redis_connection(cluster.get_node(node_name=name)) for name in places]
     parts = [[commands[i] for i in of_node] for of_node in places.values()]
     try:
-        found = _exchange(list(zip(nodes, parts, strict=True)))
+        found = _exchange(list(zip(nodes, parts, strict=True)), receive)
     except (RedisConnectionError, RedisTimeoutError):
         # Somebody else may own its slots by now; who asks again asks whoever that is.
         cluster.nodes_manager.initialize()
@@ -241,7 +281,9 @@ def _run(client: RedisClient, commands: Sequence[Command]) -> list[Any]:
     return replies
 
 
-def _exchange(parts: Sequence[tuple[redis.Redis, Sequence[Command]]]) -> list[list[Any]]:
+def _exchange(
+    parts: Sequence[tuple[redis.Redis, Sequence[Command]]], receive: Receive
+) -> list[list[Any]]:
     """Send every server its commands before any reply is read, so that they work side by side."""
     connections: list[_Untyped] = []
     replies: list[list[Any]] = []
@@ -251,7 +293,7 @@ def _exchange(parts: Sequence[tuple[redis.Redis, Sequence[Command]]]) -> list[li
             connections.append(connection)
             connection.send_packed_command(connection.pack_commands(commands))
         for (server, commands), connection in zip(parts, connections, strict=True):
-            replies.append([_reply(server, connection, command[0]) for command in commands])
+            replies.append(receive(server, connection, commands))
     finally:
         for i, connection in enumerate(connections):
             if i >= len(replies):  # replies that nobody has read must not reach the next user
@@ -260,11 +302,59 @@ def _exchange(parts: Sequence[tuple[redis.Redis, Sequence[Command]]]) -> list[li
     return replies
 
 
+def _receive(server: _Untyped, connection: _Untyped, commands: Sequence[Command]) -> list[Any]:
+    """Return redis-py's idea of each reply, errors among them."""
+    return [_reply(server, connection, command[0]) for command in commands]
+
+
 def _reply(server: _Untyped, connection: _Untyped, name: str) -> Any:  # noqa: ANN401 - Redis replies
     try:
         return server.parse_response(connection, name)
     except ResponseError as error:
         return error
+
+
+def _receive_strings(connection: _Untyped, count: int, bytes_max: int) -> list[Any]:
+    """Return the replies, strings as views of one buffer, errors as redis-py makes them."""
+    room = count * (bytes_max + _FRAME_BYTES_MAX)
+    buffer = bytearray(room)  # pages that nothing is written to cost nothing
+    view, filled, at = memoryview(buffer), 0, 0
+    replies: list[Any] = []
+    while len(replies) < count:
+        end = buffer.find(b"\r\n", at, filled)
+        stop = end + 2
+        if end >= 0 and buffer[at] == _STRING:
+            stop += int(buffer[at + 1 : end]) + 2
+        if end < 0 or stop > filled:
+            filled += _received(connection, view[filled : filled + _RECEIVE_BYTES])
+            continue
+        if buffer[at] == _STRING:
+            replies.append(view[end + 2 : stop - 2])
+        else:
+            replies.append(_refusal(connection, buffer[at + 1 : end].decode()))
+        at = stop
+    return replies
+
+
+def _received(connection: _Untyped, space: memoryview) -> int:
+    """Return how many bytes came, at least one."""
+    try:
+        count: int = connection._sock.recv_into(space)  # noqa: SLF001 - redis-py only hands out copies
+    except TimeoutError as error:
+        raise RedisTimeoutError("Timeout reading from socket") from error
+    except OSError as error:
+        raise RedisConnectionError(f"reading from socket: {error}") from error
+    if not count:
+        raise RedisConnectionError("Connection closed by server")
+    return count
+
+
+def _refusal(connection: _Untyped, text: str) -> Exception:
+    """Return the error that redis-py makes of a reply that is none."""
+    error: Exception = connection._parser.parse_error(text)  # noqa: SLF001 - likewise
+    if isinstance(error, ResponseError):
+        return error
+    raise error
 
 
 def primaries(client: RedisClient) -> list[redis.Redis]:

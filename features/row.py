@@ -47,6 +47,11 @@ DEPARTED_BYTES: Final = _DEPARTED.size
 # The position's bytes, counted from the end of the row: what the write script compares.
 POSITION_FROM_END: Final = _POSITION.size + _COUNTS.size + _END.size
 POSITION_BYTES: Final = _POSITION.size
+# Where a row of this format says how many departed ids it has; nearly all have none.
+_DEPARTED_AT: Final = slice(-12, -10)
+_ENDING_AT: Final = slice(-_ENDING.size, None)
+_USUAL_ENDING: Final = _ENDING.pack(ROW_FORMAT, MAGIC)
+_NONE_DEPARTED: Final = bytes(2)
 _PADDING: Final = tuple((0,) * (ACTIONS_MAX - used) for used in range(ACTIONS_MAX + 1))
 _NO_SESSION: Final = UserSession(0, 0, 0, 0, 0, ())
 
@@ -265,11 +270,17 @@ def newest_bytes(num_records: int) -> int:
     return num_records * RECORD_BYTES + TRAILER_BYTES
 
 
-def is_short(row_end: bytes, num_records: int) -> bool:
-    """Return whether the end of a row lacks records because of departed ids before the trailer."""
-    if len(row_end) < TRAILER_BYTES:
+def is_short(row_end: bytes | memoryview, num_records: int) -> bool:
+    """Return whether the end of a row may lack records, and the row has to be read whole.
+
+    It lacks some because of departed ids before the trailer; a row of another format, or one that
+    is damaged, may lack any.
+    """
+    if row_end[_ENDING_AT] != _USUAL_ENDING:
+        return len(row_end) > 0
+    if row_end[_DEPARTED_AT] == _NONE_DEPARTED:
         return False
     counts = _COUNTS.unpack_from(row_end, len(row_end) - _END.size - _COUNTS.size)
     in_row, num_departed = counts[4:6]
     held = (len(row_end) - TRAILER_BYTES - num_departed * DEPARTED_BYTES) // RECORD_BYTES
-    return bool(num_departed) and held < min(num_records, in_row)
+    return bool(held < min(num_records, in_row))

@@ -82,5 +82,12 @@ def read_users(
         CorruptRowError: stored bytes are not a row.
     """
     wanted = store.config.recent + store.config.mid if newest is None else newest
-    rows = store.read_rows(user_ids, newest=wanted)
-    return decode_batch(user_ids, rows, newest=wanted, now_ms=now_ms, config=store.config)
+    rows = store.read_ends(user_ids, newest=wanted)
+    return decode_batch(
+        user_ids,
+        rows,
+        newest=wanted,
+        now_ms=now_ms,
+        config=store.config,
+        formats=store.formats,
+    )

@@ -7,23 +7,26 @@ bytes as they came from Redis, behind one another, are the arrays.
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
+from msgspec import structs
 
 from features.errors import CorruptRowError
-from features.row import MAGIC, ROW_FORMAT, TRAILER_BYTES, decode_newest, encode_row
+from features.row import FORMATS, MAGIC, ROW_FORMAT, TRAILER_BYTES, decode_newest, encode_row
 from features.state import RECORD, RECORD_BYTES, UserState
 from features.view import LAST_ITEMS, PADDING_ITEM, StreamBatch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from features.config import StateConfig
+    from features.row import RowFormat
 
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
 Int64s = np.ndarray[Any, np.dtype[np.int64]]
+Row = bytes | memoryview
 Structs = np.ndarray[Any, np.dtype[np.void]]
 
 TRAILER: Final = np.dtype(
@@ -54,6 +57,7 @@ _END_BYTES: Final = 8  # crc, format and magic: what the checksum does not cover
 # How a row ends that is read by columns: no departed ids, this format. Others are few.
 _NONE_DEPARTED: Final = bytes(2)
 _DEPARTED_AT: Final = slice(-12, -10)
+_ENDING_AT: Final = slice(-4, None)
 _ENDING: Final = ROW_FORMAT.to_bytes(2, "little") + MAGIC
 
 
@@ -91,15 +95,17 @@ class UserBatch:
         clock_ms_B: the clock each user is seen at, int64 [B].
         newest_ms_B: time of the newest event, int64 [B]; -1 without one.
         config: the rules of their generation.
+        formats: the row formats that can be read.
     """
 
-    rows: Sequence[bytes | None]
+    rows: Sequence[Row | None]
     known_B: Bools
     trailers_B: Structs
     records_BN: Structs
     clock_ms_B: Int64s
     newest_ms_B: Int64s
     config: StateConfig
+    formats: Mapping[int, RowFormat] = field(default_factory=lambda: FORMATS)
 
     def streams(self) -> StreamBatch:
         """Return recent and mid-term stream; the latter as far as it was read."""
@@ -134,27 +140,27 @@ class UserBatch:
     def _inside(self, is_open: Bools, start_ms: Int64s) -> tuple[Int64s, Int64s]:
         """Return the sessions' items within the recent stream, newest last, and how many."""
         recent = self.records_BN[:, -self.config.recent :]
-        items = recent["item_id"]
         belongs = (recent["event_time_ms"] >= start_ms[:, None]) & is_open[:, None]
-        belongs &= items != PADDING_ITEM
+        belongs &= recent["item_id"] != PADDING_ITEM
         num_inside = belongs.sum(axis=1)
         # Records are in the order of time, so those of a session stand together at the end.
         width = max(1, int(num_inside.max(initial=0)))
-        return items[:, -width:], num_inside
+        return recent["item_id"][:, -width:], num_inside
 
     def state(self, index: int) -> UserState | None:
         """Return one user's state as an object: for logs and people, not for every user."""
         row = self.rows[index]
-        return None if row is None else decode_newest(row)[0]
+        return None if row is None else decode_newest(bytes(row), self.formats)[0]
 
 
 def decode_batch(
     user_ids: Sequence[int],
-    rows: Sequence[bytes | None],
+    rows: Sequence[Row | None],
     *,
     newest: int,
     now_ms: int,
     config: StateConfig,
+    formats: Mapping[int, RowFormat] = FORMATS,
 ) -> UserBatch:
     """Return rows, or their ends, as columns.
 
@@ -164,41 +170,59 @@ def decode_batch(
         newest: N of the result, at least 1.
         now_ms: the reader's clock.
         config: the rules of the generation.
+        formats: the row formats that can be read.
 
     Raises:
         CorruptRowError: wrong magic, format, checksum or length.
     """
     width = newest * RECORD_BYTES + TRAILER_BYTES
-    absent = bytes(width)
-    raw = np.frombuffer(
-        bytearray().join(
-            [absent if row is None else _flush_right(row, width, config) for row in rows]
-        ),
-        np.uint8,
-    ).reshape(len(rows), width)
+    laid = _flush_right(rows, width, config, formats)
+    raw = np.frombuffer(laid, np.uint8).reshape(len(rows), width)
     trailers = raw[:, -TRAILER_BYTES:].view(TRAILER)[:, 0]
     records = raw[:, :-TRAILER_BYTES].view(RECORD)
     known = np.array([row is not None for row in rows], np.bool_)
     _refuse_damaged(user_ids, rows, raw, trailers)
     held = np.minimum(trailers["num_records"], newest)
-    records["item_id"][np.arange(newest) < newest - held[:, None]] = PADDING_ITEM
+    few = np.flatnonzero(held < newest)
+    if few.size:
+        is_padding = np.arange(newest) < newest - held[few, None]
+        records["item_id"][few] = np.where(is_padding, PADDING_ITEM, records["item_id"][few])
     newest_ms = np.where(held > 0, records["event_time_ms"][:, -1], -1)
     return UserBatch(
-        rows, known, trailers, records, np.maximum(now_ms, newest_ms + 1), newest_ms, config
+        rows,
+        known,
+        trailers,
+        records,
+        np.maximum(now_ms, newest_ms + 1),
+        newest_ms,
+        config,
+        formats,
     )
 
 
-def _flush_right(row: bytes, width: int, config: StateConfig) -> bytes:
-    """Return the row's last bytes, zeros before a shorter one."""
-    if not row.endswith(_ENDING) or row[_DEPARTED_AT] != _NONE_DEPARTED:
-        state, _ = decode_newest(row)
-        row = encode_row(replace(state, departed=()), len(config.actions))
-    return row[-width:].rjust(width, b"\0")
+def _flush_right(
+    rows: Sequence[Row | None], width: int, config: StateConfig, formats: Mapping[int, RowFormat]
+) -> bytearray:
+    """Return the last bytes of all rows behind one another, zeros before a shorter one."""
+    zeros = bytes(width)
+    parts: list[Row] = []
+    for row in rows:
+        if row is None:
+            parts.append(zeros)
+            continue
+        usual = row
+        if row[_ENDING_AT] != _ENDING or row[_DEPARTED_AT] != _NONE_DEPARTED:
+            state, _ = decode_newest(bytes(row), formats)
+            usual = encode_row(structs.replace(state, departed=()), len(config.actions))
+        if len(usual) < width:
+            parts.append(zeros[len(usual) :])
+        parts.append(usual[-width:])
+    return bytearray().join(parts)
 
 
 def _refuse_damaged(
     user_ids: Sequence[int],
-    rows: Sequence[bytes | None],
+    rows: Sequence[Row | None],
     raw: np.ndarray[Any, np.dtype[np.uint8]],
     trailers: Structs,
 ) -> None:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from features.errors import FeatureError
 from features.keys import split_log_partition
-from features.view import StreamBatch, batch_streams
+from features.store import read_users
+from features.view import StreamBatch
 from scoring.signature import NO_ITEM, WAIT_MS_MAX, Degraded
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from features.config import StateConfig
     from features.state import UserState
+    from features.user_batch import UserBatch
     from features.view import Records
     from scoring.live import Live, Snapshot
 
@@ -114,42 +116,43 @@ def answer(asks: Sequence[Ask], live: Live, retrieve: Retrieve, now_ms: int) -> 
     """Return an answer for every ask, in order; whatever is away degrades it, nothing raises."""
     snapshot = live.snapshot
     drafts = [_Draft(ask) for ask in asks]
-    if _read_when_reached(drafts, live, snapshot):
-        _retrieve(drafts, snapshot, retrieve, now_ms)
+    users = _read_when_reached(drafts, live, snapshot, now_ms)
+    if users is not None:
+        _retrieve(drafts, users, snapshot, retrieve)
     for draft in drafts:
         _fill_with_trending(draft, snapshot)
     return [_finish(draft, snapshot, now_ms) for draft in drafts]
 
 
-def _read_when_reached(drafts: list[_Draft], live: Live, snapshot: Snapshot) -> bool:
+def _read_when_reached(
+    drafts: list[_Draft], live: Live, snapshot: Snapshot, now_ms: int
+) -> UserBatch | None:
     """Read every user's state once the positions asked for are reached, or time is up.
 
-    Returns whether Redis answered.
+    Returns what was read, a row for each draft; None when Redis did not answer.
     """
     store = live.store(snapshot)
-    # Exactly the streams' length: what waits in the tail to leave as a chunk is not served.
-    newest = snapshot.config.recent + snapshot.config.mid
     started, pause_s = time.monotonic(), _POLL_S
     while True:
         try:
-            users = [draft.ask.user_id for draft in drafts]
-            states = store.read_states(users, newest=newest)
+            asked = [draft.ask.user_id for draft in drafts]
+            users = read_users(store, asked, now_ms=now_ms)
         except FeatureError as error:
             log.warning("state not read: %s", error)
             for draft in drafts:
                 draft.degraded |= Degraded.STORE_AWAY
-            return False
+            return None
         waited_ms = (time.monotonic() - started) * 1000
         behind = []
-        for draft, state in zip(drafts, states, strict=True):
-            draft.state = state
-            if not _reached(draft.ask, state):
+        for row, draft in enumerate(drafts):
+            draft.state = users.state(row)
+            if not _reached(draft.ask, draft.state):
                 behind.append(draft)
         # Clients limit their wait too; a server must not have to trust them.
         if all(min(draft.ask.wait_ms, WAIT_MS_MAX) <= waited_ms for draft in behind):
             for draft in behind:
                 draft.degraded |= Degraded.POSITION_NOT_REACHED
-            return True
+            return users
         time.sleep(pause_s)
         pause_s = min(pause_s * _POLL_GROWTH, _POLL_MAX_S)
 
@@ -167,7 +170,9 @@ def _reached(ask: Ask, state: UserState | None) -> bool:
     )
 
 
-def _retrieve(drafts: list[_Draft], snapshot: Snapshot, retrieve: Retrieve, now_ms: int) -> None:
+def _retrieve(
+    drafts: list[_Draft], users: UserBatch, snapshot: Snapshot, retrieve: Retrieve
+) -> None:
     """Fill the drafts of known users from the retrieval model."""
     known: list[tuple[_Draft, UserState]] = []
     for draft in drafts:
@@ -177,7 +182,7 @@ def _retrieve(drafts: list[_Draft], snapshot: Snapshot, retrieve: Retrieve, now_
             known.append((draft, draft.state))
     if not known:
         return
-    streams = batch_streams([state for _, state in known], now_ms, snapshot.config)
+    streams = StreamBatch._make(column[users.known_B] for column in users.streams())
     for row, (draft, state) in enumerate(known):
         draft.newest_ms = int(streams.newest_ms_B[row])
         clock_ms = int(streams.clock_ms_B[row])
