@@ -3,13 +3,12 @@
 #                                         the main job on real data and real servers
 #   make test                             every test, against the real servers
 #   make sim [SEED=n]                     simulated crashes, zombies, restores: 10,000 seeds
-#   make faults [FAULTS=name,...] [EVENTS=n] [KAFKA_HOME=...]
+#   make faults [FAULTS=name,...] [EVENTS=n] [RECORD=1] [KAFKA_HOME=...]
 #                                         real kills, zombies, restores: state stays exact
 #   make parity [PAIRS=n] [DATA=folder] [RECORD=1] [KAFKA_HOME=...]
 #                                         what online reads return equals what the lake gives
-#   make bench-ingest, bench-freshness, bench-pit    measured, kept under benchmarks/results
-#   make bench-memory [RECORD=1] [EVENTS=n]
-#                                         a worker's memory over 5,000,000 events
+#   make bench-ingest, bench-freshness, bench-replay, bench-memory [RECORD=1] [EVENTS=n]
+#        bench-pit, bench-read [ROUNDS=n] measured; RECORD=1 keeps it under benchmarks/results
 #   make check                            format, lint, types, import contracts (under 60 s)
 #   make figures                          benchmarks/results into README.md
 #   make up / make down                   the local stack by itself
@@ -23,7 +22,8 @@ PAIRS ?= 2000
 DATA ?= ../shared/data
 BIN := .venv/bin
 
-.PHONY: demo test sim faults parity bench-ingest bench-freshness bench-pit bench-memory check format figures up down clean
+.PHONY: demo test sim faults parity bench-ingest bench-freshness bench-replay bench-memory
+.PHONY: bench-pit bench-read check format figures up down clean
 
 demo: .venv/stamp-local
 	$(BIN)/moveline demo $(if $(KEEP),--keep) $(if $(RECORD),--record)
@@ -47,24 +47,31 @@ sim: .venv/stamp-dev
 
 # Every fault on real processes; SEED chooses the moments.
 faults: .venv/stamp-local
-	$(BIN)/python -m benchmarks.faults
+	$(BIN)/python -m benchmarks.faults $(if $(RECORD),--record)
 
 # Reads taken while real events flow, judged by the lake afterwards: not one value may differ.
 parity: .venv/stamp-dev
 	$(BIN)/python -m tests.parity --pairs $(PAIRS) --data $(DATA) $(if $(RECORD),--record)
 
 bench-ingest: .venv/stamp-local
-	$(BIN)/python -m benchmarks.bench_ingest
+	$(BIN)/python -m benchmarks.bench_ingest $(if $(RECORD),--record)
 
-bench-freshness: .venv/stamp-local
-	$(BIN)/python -m benchmarks.bench_freshness
+# matplotlib, which draws its curve, comes with the tools of development.
+bench-freshness: .venv/stamp-dev
+	$(BIN)/python -m benchmarks.bench_freshness $(if $(RECORD),--record)
+
+bench-replay: .venv/stamp-local
+	$(BIN)/python -m benchmarks.bench_replay $(if $(RECORD),--record)
 
 bench-pit: .venv/stamp-local
-	$(BIN)/python -m benchmarks.bench_pit --record
+	$(BIN)/python -m benchmarks.bench_pit $(if $(RECORD),--record)
 
 # matplotlib, which draws its curve, comes with the tools of development.
 bench-memory: .venv/stamp-dev
 	$(BIN)/python -m benchmarks.bench_memory $(if $(RECORD),--record)
+
+bench-read: .venv/stamp-local
+	$(BIN)/python -m benchmarks.bench_read $(if $(RECORD),--record)
 
 figures: .venv/stamp-local
 	$(BIN)/python -m benchmarks.readme

@@ -83,23 +83,30 @@ def zipf_users(num_events: int, num_users: int, *, exponent: float, seed: int) -
     return [int(user) for user in drawn]
 
 
-def publish(kafka: KafkaConfig, users: Sequence[int], *, first: int = 0) -> None:
-    """Publish one event per entry, numbered from `first`; JSON, all fields a click carries."""
+def numbered_event(number: int, user: int) -> Event:
+    """Return a user's event; all fields a click carries, and other ones for another number."""
+    return Event(
+        event_id=f"event-{number:010d}",
+        user_id=user,
+        item_id=number * 7_919 % 50_000,
+        action="click",
+        event_time_ms=_START_MS + number,
+        domain=f"domain-{number % 30}",
+        dwell_ms=number % 5_000,
+    )
+
+
+def publish(
+    kafka: KafkaConfig, users: Sequence[int], *, first: int = 0, topic: str = TOPICS.events
+) -> None:
+    """Publish one event per entry as JSON, numbered from `first`."""
     producer = make_producer(kafka)
     with progress_bar("publish", total=len(users), shown=True) as advance:
         for number, user in enumerate(users, start=first):
-            event = Event(
-                event_id=f"event-{number:010d}",
-                user_id=user,
-                item_id=number * 7_919 % 50_000,
-                action="click",
-                event_time_ms=_START_MS + number,
-                domain=f"domain-{number % 30}",
-                dwell_ms=number % 5_000,
-            )
+            value = encode_event(numbered_event(number, user))
             while True:
                 try:
-                    producer.produce(TOPICS.events, encode_event(event), b"%d" % user)
+                    producer.produce(topic, value, b"%d" % user)
                     break
                 except BufferError:
                     producer.poll(0.1)

@@ -25,8 +25,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import CONSOLE, TOPICS, kafka_and_redis, kafka_home
-from benchmarks.fault_cases import CASES, Bench, CaseFailedError, Publisher, Traffic
+from benchmarks.common import CONSOLE, TOPICS, is_recording, kafka_and_redis, kafka_home
+from benchmarks.fault_bench import Bench, CaseFailedError, Publisher, Traffic
+from benchmarks.fault_cases import CASES
 from compose.errors import ComposeError
 from compose.figures import report
 from features.errors import FeatureError
@@ -232,6 +233,7 @@ def print_table(verdicts: Mapping[str, Verdict], skipped: Sequence[str], broker:
 
 def main() -> int:
     """Run the cases and return 1 if any of them left something that differs."""
+    keep = is_recording(__doc__)
     num_events = int(os.environ.get("EVENTS", str(EVENTS_FULL)))
     seed = int(os.environ.get("SEED") or "1")
     chosen = [name for name in os.environ.get("FAULTS", "").split(",") if name] or list(CASES)
@@ -260,11 +262,11 @@ def main() -> int:
             "lost": sum(one.lost for one in verdicts.values()),
             "doubled": sum(one.doubled for one in verdicts.values()),
             "skipped": skipped,
+            "events_per_case": num_events,
         },
         command="make faults",
         caveats={"broker": broker, "events": f"{num_events} a case, seed {seed}"},
-        # A part of it, or a small one, is for trying out.
-        keep=len(chosen) == len(CASES) and num_events >= EVENTS_FULL,
+        keep=keep,
     )
     return int(num_equal < len(verdicts))
 

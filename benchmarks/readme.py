@@ -37,6 +37,12 @@ ROWS: Final = {
     "bench-ingest": (
         ("events_per_s", "events/s of one worker, Redis and broker on the same cores"),
         ("floor_events_per_s", "records/s of a consumer that only looks at each value's length"),
+        (
+            "faust_events_per_s",
+            "events/s of the same job as a plain Faust agent, on 50,000 of the events",
+        ),
+        ("ratio_to_faust", "times the plain Faust agent"),
+        ("ratio_to_faust_batched", "times a Faust agent tuned to take 1,000 events at once"),
         ("events_per_s_history_10", "events/s, users with 10 events"),
         ("events_per_s_history_1000", "events/s, users with 1,000 events"),
         ("events_per_s_history_5000", "events/s, users with 5,000 events"),
@@ -53,11 +59,43 @@ ROWS: Final = {
         ("whole_rows_per_s", "rows/s of the whole set, session and 512 events a row"),
         ("whole_peak_mb", "peak memory of that process (MB)"),
     ),
+    "bench-read": (
+        ("ours_100_ms", "100 users, session and 256 events, into arrays (ms)"),
+        ("floor_100_ms", "redis-py's pipeline for the same bytes, not looked at (ms)"),
+        ("floor_ratio_100", "times that floor"),
+        ("ours_feast_api_100_ms", "the same through Feast's API (ms)"),
+        ("stock_feast_100_ms", "Feast's own Redis store, the same features as arrays (ms)"),
+        ("speedup_vs_feast_100", "times faster than Feast's own store"),
+    ),
+    "parity": (
+        ("pairs", "reads taken while real events flowed, each at its own ordinal and clock"),
+        ("pairs_through_feast", "of those, through Feast's `get_online_features`"),
+        ("pairs_after_late_events", "reads of users with late events"),
+        ("values", "values compared with the lake"),
+        ("mismatches", "values that differed"),
+    ),
     "faults": (
-        ("cases", "cases, each on at least 200,000 events"),
+        ("cases", "cases"),
+        ("events_per_case", "records of each case"),
         ("equal", "cases that ended byte for byte equal to the oracle"),
         ("lost", "events lost"),
         ("doubled", "events doubled"),
+    ),
+    "bench-freshness": (
+        ("rate", "events/s, steady, one worker"),
+        ("p50_ms", "p50, acknowledged by the broker to readable in Redis (ms)"),
+        ("p99_ms", "p99 (ms)"),
+        ("p999_ms", "p99.9 (ms)"),
+        ("append_p99_ms", "p99 from the broker's append time, an upper bound (ms)"),
+        ("events_per_cpu_s", "events per CPU second of the worker at that rate"),
+    ),
+    "bench-replay": (
+        ("live_events_per_s", "events/s, live ingest by one worker"),
+        ("kafka_events_per_s", "events/s, `moveline replay` from Kafka"),
+        ("lake_events_per_s", "events/s, `moveline replay` from the lake"),
+        ("kafka_ratio", "from Kafka, times live ingest"),
+        ("lake_ratio", "from the lake, times live ingest"),
+        ("equal", "every user byte for byte as live, a sample as the oracle says"),
     ),
 }
 
@@ -75,9 +113,17 @@ def block(name: str) -> str:
         "|---|---|",
     ]
     figures = result["figures"]
-    lines += [f"| {words} | {figures[figure]:,} |" for figure, words in ROWS[name]]
+    # A result of before a figure was measured does not show it.
+    rows = [(words, figures[figure]) for figure, words in ROWS[name] if figure in figures]
+    lines += [f"| {words} | {_shown(value)} |" for words, value in rows]
     lines += ["", f"Raw: [benchmarks/results/{name}.json](benchmarks/results/{name}.json)."]
     return "\n".join([*lines, "<!-- /figures -->"])
+
+
+def _shown(value: float | bool) -> str:  # noqa: FBT001 - a figure can be a verdict
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}"
 
 
 def rendered(readme: str) -> str:

@@ -9,6 +9,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any, Final
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from features.skew_report import EXPLAINED
 
@@ -92,7 +93,7 @@ def _features_figure(report: SkewReport) -> Figure:
     axes.invert_yaxis()
     axes.set_xlim(0, max(1.0, 1.05 * max(left)))
     axes.set_xlabel("% of values")
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside upper right", ncols=3)
     return figure
 
 
@@ -100,8 +101,9 @@ def _distances_figure(report: SkewReport) -> Figure:
     figure = Figure(figsize=(9, 3), layout="constrained")
     panels: Sequence[Axes] = figure.subplots(1, len(report.edit_distances))
     for axes, (stream, counts) in zip(panels, report.edit_distances.items(), strict=True):
-        known = sorted(counts) or [0]
-        axes.bar([str(distance) for distance in known], [counts[one] for one in known])
+        axes.bar(list(counts), list(counts.values()))
+        axes.set_xlim(-0.6, max(counts, default=0) + 0.6)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_yscale("symlog")
         axes.set_title(stream)
         axes.set_xlabel("edit distance")

@@ -148,7 +148,7 @@ class Timeline:
 
 def read_user_logs(
     root: Path,
-    topic: str,
+    topics: Sequence[str],
     users: Collection[int],
     config: StateConfig,
     *,
@@ -162,7 +162,7 @@ def read_user_logs(
 
     Args:
         root: the lake's folder.
-        topic: the topic of events.
+        topics: the topics of events, oldest first: the place of one is its `source`.
         users: whose.
         config: the rules that judge.
         advance: called after each file.
@@ -172,23 +172,26 @@ def read_user_logs(
     """
     wanted = np.unique(np.fromiter(users, np.int64, len(users)))
     logs: dict[int, list[Accepted]] = defaultdict(list)
-    for file, table in read_events(root, topic):
-        mine = table.filter(np.isin(table["user_id"].to_numpy(), wanted))
-        for user, event in _accepted(mine, file.partition, config):
-            logs[user].append(event)
-        if advance is not None:
-            advance(file)
+    for source, topic in enumerate(topics):
+        for file, table in read_events(root, topic):
+            mine = table.filter(np.isin(table["user_id"].to_numpy(), wanted))
+            for user, event in _accepted(mine, (source, file.partition), config):
+                logs[user].append(event)
+            if advance is not None:
+                advance(file)
     return {user: _without_repeats(events, config) for user, events in logs.items()}
 
 
-def _accepted(table: pa.Table, partition: int, config: StateConfig) -> list[tuple[int, Accepted]]:
+def _accepted(
+    table: pa.Table, place: tuple[int, int], config: StateConfig
+) -> list[tuple[int, Accepted]]:
     """Return (user, event) of the rows that the rules take, in offset order."""
     columns, keep = judged_columns(table, config)
     columns |= {name: table[name].to_numpy()[keep] for name in ("offset", "append_time_ms")}
     values: list[list[Any]] = [columns[name].tolist() for name in _EVENT_COLUMNS]
     rows = zip(*values, strict=True)
     places = zip(columns["user_id"].tolist(), columns["offset"].tolist(), rows, strict=True)
-    return [(user, Accepted(Position(0, partition, offset), *row)) for user, offset, row in places]
+    return [(user, Accepted(Position(*place, offset), *row)) for user, offset, row in places]
 
 
 def _without_repeats(events: list[Accepted], config: StateConfig) -> list[Accepted]:

@@ -9,15 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from features import keys
-from features.redis import PIPELINE_MAX, execute, mapped_errors
+from features.redis_client import pipelined
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    import redis
+    from features.redis_client import RedisClient
+
 
 # Beside the decimal chunk numbers of the same hash: the first chunk that is kept.
 FIRST_FIELD: Final = b"first"
@@ -67,20 +68,22 @@ def _script() -> bytes:
 class ChunkStore:
     """The waiting chunks of one generation."""
 
-    client: redis.Redis
+    client: RedisClient
     generation: int
 
     def read(self, user_ids: Sequence[int]) -> list[Waiting]:
         """Return each user's waiting chunks and mark, each user's as of one instant."""
         commands = [("HGETALL", keys.chunks_key(self.generation, user)) for user in user_ids]
-        return [decode_chunks(reply) for reply in self._pipelined(commands, "reading chunks")]
+        replies = pipelined(self.client, commands, "reading chunks")
+        return [decode_chunks(reply) for reply in replies]
 
     def first_kept(self, user_ids: Sequence[int]) -> list[int]:
         """Return each user's mark: the number of chunks that have left Redis for the lake."""
         commands = [
             ("HGET", keys.chunks_key(self.generation, user), FIRST_FIELD) for user in user_ids
         ]
-        return [int(reply or 0) for reply in self._pipelined(commands, "reading marks of chunks")]
+        replies = pipelined(self.client, commands, "reading marks of chunks")
+        return [int(reply or 0) for reply in replies]
 
     def drop(self, drops: Mapping[int, Drop]) -> int:
         """Drop each user's oldest chunks, mark the hole; return how many left.
@@ -92,16 +95,4 @@ class ChunkStore:
             ("EVAL", _script(), 1, keys.chunks_key(self.generation, user), FIRST_FIELD, *drop)
             for user, drop in drops.items()
         ]
-        return sum(self._pipelined(commands, "dropping chunks that the lake has"))
-
-    def _pipelined(
-        self, commands: Sequence[tuple[str | bytes | int, ...]], doing: str
-    ) -> list[Any]:
-        replies: list[Any] = []
-        for start in range(0, len(commands), PIPELINE_MAX):
-            pipeline = self.client.pipeline(transaction=False)
-            for command in commands[start : start + PIPELINE_MAX]:
-                execute(pipeline, *command)
-            with mapped_errors(doing):
-                replies += pipeline.execute()
-        return replies
+        return sum(pipelined(self.client, commands, "dropping chunks that the lake has"))

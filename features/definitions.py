@@ -26,7 +26,7 @@ from feast.types import Array, Bool, Float32, Int64, String
 
 from features.config import StateConfig
 from features.offline import RULES_TAG, TOPIC_TAG
-from features.schema import views
+from features.schema import SERVICES, views
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -82,17 +82,9 @@ def render(config: StateConfig, lake: Path, topic: str = EVENTS_TOPIC_DEFAULT) -
         view.name: _feature_view(view, entities[view.entity], _source(view, event_log, lake))
         for view in views(config)
     }
-    services = (
-        FeatureService(
-            name="retrieval_gems",
-            features=[rendered[name] for name in ("user_session", "user_recent", "user_mid")],
-            description="what the GEMs retrieval model reads of a user",
-        ),
-        FeatureService(
-            name="catalogue",
-            features=[rendered["item_catalogue"]],
-            description="what an answer says about an item",
-        ),
+    services = tuple(
+        FeatureService(name=name, features=[rendered[view] for view in of_service])
+        for name, of_service in SERVICES.items()
     )
     return Repository(tuple(entities.values()), tuple(rendered.values()), services)
 
@@ -117,7 +109,11 @@ def _field(feature: Feature) -> Field:
         name=feature.name,
         dtype=Array(scalar) if feature.length else scalar,
         description=feature.about,
-        tags={"unit": feature.unit},
+        tags={
+            "unit": feature.unit,
+            "shape": "x".join(map(str, feature.shape)),
+            "default": "null" if feature.default is None else str(feature.default),
+        },
     )
 
 
@@ -140,7 +136,7 @@ def open_store(*, redis_url: str, registry: Path, generation: int | None = None)
     """Return Feast's store over that Redis; what feature_store.yaml says, without a file.
 
     Args:
-        redis_url: redis://, rediss:// or unix://.
+        redis_url: as docs/bring_your_own.md has them.
         registry: the registry's file.
         generation: read this one; None follows the live pointer.
     """
@@ -176,5 +172,13 @@ def apply(
 _REPOSITORY: Final = render(StateConfig(), lake_folder(os.environ), events_topic(os.environ))
 # Feast registers what has a name here. A view added to the schema fails this line until it has one.
 user, item = _REPOSITORY.entities
-user_session, user_recent, user_mid, item_catalogue, item_statistics = _REPOSITORY.views
-retrieval_gems, catalogue = _REPOSITORY.services
+(
+    user_session,
+    user_recent,
+    user_mid,
+    user_interest_flow,
+    user_lifelong,
+    item_catalogue,
+    item_statistics,
+) = _REPOSITORY.views
+gems, hpgr, amen, recommend, catalogue = _REPOSITORY.services

@@ -48,6 +48,10 @@ class StoreError(FeatureError):
     """Redis refused or could not be reached."""
 
 
+class AddressError(FeatureError, ValueError):
+    """A setting that is to say where Redis is does not."""
+
+
 class StoreUnavailableError(StoreError):
     """Redis did not answer; the same call may work later."""
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from features.chunks import ChunkStore
 from features.keys import PREFIX, bucket_of, parse_generation
 from features.nearline import markers_key, outbox_key
-from features.redis import StateStore, execute, mapped_errors
+from features.redis import StateStore
+from features.redis_client import execute, mapped_errors, primaries, scan
 from features.state import RECORD_BYTES
 
 if TYPE_CHECKING:
-    import redis
-
     from features.config import StateConfig
+    from features.redis_client import RedisClient
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Kept:
     offset: int
 
 
-def kept_of(client: redis.Redis, generation: int, config: StateConfig, user_id: int) -> Kept | None:
+def kept_of(client: RedisClient, generation: int, config: StateConfig, user_id: int) -> Kept | None:
     """Return what a generation holds of a user, None if it has no row.
 
     Raises:
@@ -51,7 +51,7 @@ def kept_of(client: redis.Redis, generation: int, config: StateConfig, user_id: 
     return Kept(generation, num_events, state.next_ordinal, at.partition, at.offset)
 
 
-def drop_traces(client: redis.Redis, generation: int, user_id: int) -> int:
+def drop_traces(client: RedisClient, generation: int, user_id: int) -> int:
     """Remove the near-line app's notes of a user's sessions; return how many there were."""
     bucket = bucket_of(user_id)
     outbox = outbox_key(generation, bucket)
@@ -67,18 +67,18 @@ def drop_traces(client: redis.Redis, generation: int, user_id: int) -> int:
     return removed
 
 
-def keys_of(client: redis.Redis, user_id: int) -> list[str]:
+def keys_of(client: RedisClient, user_id: int) -> list[str]:
     """Return every key of Moveline's that ends with the user's id; looks at the whole keyspace."""
     with mapped_errors("looking for keys of a user"):
-        found = client.scan_iter(match=f"{PREFIX}:*:{user_id}", count=10_000)
-        return sorted(key.decode() for key in found)
+        found = scan(client, f"{PREFIX}:*:{user_id}", count=10_000)
+        return sorted({key.decode() for key in found})
 
 
-def last_snapshot_ms(client: redis.Redis) -> int | None:
-    """Return when Redis last wrote a snapshot to its disk, epoch ms; None if it never did."""
+def last_snapshot_ms(client: RedisClient) -> int | None:
+    """Return when Redis wrote the oldest of its servers' snapshots, epoch ms; None for never."""
     with mapped_errors("asking for the last snapshot"):
-        saved_s = int(execute(client, "LASTSAVE").timestamp())
-    return saved_s * 1000 or None
+        saved_s = [execute(server, "LASTSAVE").timestamp() for server in primaries(client)]
+    return int(min(saved_s)) * 1000 or None
 
 
 def generation_of(key: str) -> int | None:

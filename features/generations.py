@@ -12,12 +12,12 @@ import msgspec
 from features import keys
 from features.config import StateConfig, config_from_json
 from features.errors import GenerationError, StoreFullError
-from features.redis import execute, mapped_errors
+from features.redis_client import execute, infos, mapped_errors, pipelined, scan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    import redis
+    from features.redis_client import RedisClient
 
 # Keys a SCAN looks at before it answers: under a millisecond of a Redis that others use meanwhile.
 SCAN_COUNT: Final = 2_000
@@ -71,7 +71,7 @@ class Built(msgspec.Struct, frozen=True, kw_only=True):
 class Generations:
     """The generations of one Redis."""
 
-    client: redis.Redis
+    client: RedisClient
 
     def recorded(self) -> dict[int, StateConfig]:
         """Return the rules of every generation there is, by number."""
@@ -178,23 +178,19 @@ class Generations:
             StoreFullError: MEMORY_SHARE_MAX of maxmemory is in use.
         """
         with mapped_errors("reading memory figures"):
-            memory = execute(self.client, "INFO", "memory")
-        used, limit = int(memory["used_memory"]), int(memory["maxmemory"])
-        if limit and used > MEMORY_SHARE_MAX * limit:
-            raise StoreFullError(
-                f"Redis uses {used / limit:.0%} of maxmemory; above {MEMORY_SHARE_MAX:.0%} g"
-                f"{generation} would take room from live traffic. Raise maxmemory and repeat the "
-                f"command, which resumes, or drop a generation: moveline drop g{generation}"
-            )
+            servers = infos(self.client, "memory")
+        for memory in servers:
+            used, limit = int(memory["used_memory"]), int(memory["maxmemory"])
+            if limit and used > MEMORY_SHARE_MAX * limit:
+                raise StoreFullError(
+                    f"Redis uses {used / limit:.0%} of maxmemory; above {MEMORY_SHARE_MAX:.0%} g"
+                    f"{generation} would take room from live traffic. Raise maxmemory and repeat "
+                    f"the command, which resumes, or drop a generation: moveline drop g{generation}"
+                )
 
     def _unlink(self, names: Sequence[bytes]) -> int:
-        if not names:
-            return 0
-        with mapped_errors("dropping a generation"):
-            pipeline = self.client.pipeline(transaction=False)
-            for name in names:
-                pipeline.unlink(name)
-            return sum(pipeline.execute())
+        commands = [("UNLINK", name) for name in names]
+        return sum(pipelined(self.client, commands, "dropping a generation"))
 
     def _scan(self, pattern: str) -> Iterator[bytes]:
-        yield from self.client.scan_iter(match=pattern, count=SCAN_COUNT)
+        return scan(self.client, pattern, count=SCAN_COUNT)

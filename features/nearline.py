@@ -16,15 +16,14 @@ import numpy as np
 
 from features.chunks import decode_chunks
 from features.keys import PREFIX, chunks_key, row_key
-from features.redis import PIPELINE_MAX, execute, mapped_errors
+from features.redis_client import execute, mapped_errors, pipelined, run_script, scan_step
 from features.state import RECORD
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
-
-    import redis
+    from collections.abc import Iterable, Mapping, Sequence
 
     from features.redis import Trending
+    from features.redis_client import RedisClient
     from features.view import Records
 
 HOUR_MS: Final = 3_600_000
@@ -72,12 +71,6 @@ def _source(name: str) -> bytes:
     return files("features").joinpath(f"lua/{name}.lua").read_bytes()
 
 
-def _call(client: redis.Redis, name: str, keys: Sequence[str], args: Sequence[Any]) -> int:
-    """Run a script; the library loads it where Redis does not know it yet."""
-    script: Callable[..., Any] = client.register_script(_source(name))
-    return int(script(keys, args))
-
-
 class Tile(NamedTuple):
     """The counts of one hour in one partition, a column each."""
 
@@ -97,7 +90,7 @@ class Marks(NamedTuple):
 class TileStore:
     """Hourly counts of one generation, exact whatever is delivered how often."""
 
-    client: redis.Redis
+    client: RedisClient
     generation: int
     source: int = 0
 
@@ -130,7 +123,7 @@ class TileStore:
             for place, count in of_hour.items():
                 args += (_FIELD.pack(*place), count)
         with mapped_errors("adding to tiles"):
-            return bool(_call(self.client, "add_counts", names, args))
+            return bool(run_script(self.client, _source("add_counts"), names, args))
 
     def read(self, partition: int, hours: Sequence[int]) -> dict[int, Tile]:
         """Return a partition's tiles of those hours; an hour without events has an empty one."""
@@ -152,12 +145,11 @@ class TileStore:
 
     def put_domain_trending(self, by_domain: Mapping[int, Trending]) -> None:
         """Replace the trending items of those domains."""
-        with mapped_errors("writing trending items by domain"):
-            pipeline = self.client.pipeline(transaction=False)
-            for domain, trending in by_domain.items():
-                key = domain_trending_key(domain)
-                pipeline.set(key, msgspec.json.encode(trending), ex=DOMAIN_TRENDING_S)
-            pipeline.execute()
+        commands = [
+            ("SET", domain_trending_key(d), msgspec.json.encode(t), "EX", DOMAIN_TRENDING_S)
+            for d, t in by_domain.items()
+        ]
+        pipelined(self.client, commands, "writing trending items by domain")
 
     @property
     def _field(self) -> bytes:
@@ -190,7 +182,7 @@ class Unsent(NamedTuple):
 class SessionStore:
     """Which sessions of one generation are closed and sent."""
 
-    client: redis.Redis
+    client: RedisClient
     generation: int
 
     def scan_users(self, cursor: int) -> tuple[int, list[int]]:
@@ -200,10 +192,8 @@ class SessionStore:
         """
         pattern = f"{PREFIX}:*:g{self.generation}:row:*"
         with mapped_errors("looking for users"):
-            after, found = execute(
-                self.client, "SCAN", cursor, "MATCH", pattern, "COUNT", SCAN_COUNT
-            )
-        return int(after), [int(key.rsplit(b":", 1)[1]) for key in found]
+            after, found = scan_step(self.client, cursor, pattern, count=SCAN_COUNT)
+        return after, [int(key.rsplit(b":", 1)[1]) for key in found]
 
     def markers(self, bucket_of_user: Mapping[int, int]) -> dict[int, bytes]:
         """Return the users' markers, empty for a user no sweep has seen."""
@@ -211,7 +201,7 @@ class SessionStore:
         commands: list[tuple[Any, ...]] = [
             ("HGET", markers_key(self.generation, bucket_of_user[user]), user) for user in users
         ]
-        replies = self._pipelined(commands, "reading session markers")
+        replies = pipelined(self.client, commands, "reading session markers")
         return {user: reply or b"" for user, reply in zip(users, replies, strict=True)}
 
     def read_histories(self, user_ids: Sequence[int]) -> list[tuple[bytes | None, Records]]:
@@ -221,7 +211,7 @@ class SessionStore:
         """
         rows: list[tuple[Any, ...]] = [("GET", row_key(self.generation, u)) for u in user_ids]
         chunks = [("HGETALL", chunks_key(self.generation, user)) for user in user_ids]
-        replies = self._pipelined([*rows, *chunks], "reading users' histories")
+        replies = pipelined(self.client, [*rows, *chunks], "reading users' histories")
         return [
             (row, np.frombuffer(b"".join(decode_chunks(waiting).records.values()), RECORD))
             for row, waiting in zip(replies[: len(user_ids)], replies[len(user_ids) :], strict=True)
@@ -242,11 +232,12 @@ class SessionStore:
             args += (note.user_id, note.expected, note.marker, len(fields), *fields)
         names = [markers_key(self.generation, bucket), outbox_key(self.generation, bucket)]
         with mapped_errors("noting closed sessions"):
-            return _call(self.client, "close_sessions", names, args)
+            return run_script(self.client, _source("close_sessions"), names, args)
 
     def unsent(self, buckets: Sequence[int]) -> list[Unsent]:
         """Return what those buckets' outboxes hold."""
-        replies = self._pipelined(
+        replies = pipelined(
+            self.client,
             [("HGETALL", outbox_key(self.generation, bucket)) for bucket in buckets],
             "reading closed sessions",
         )
@@ -258,17 +249,8 @@ class SessionStore:
 
     def sent(self, records: Sequence[Unsent]) -> None:
         """Take records out of the outbox that the broker has acknowledged."""
-        self._pipelined(
+        pipelined(
+            self.client,
             [("HDEL", outbox_key(self.generation, one.bucket), one.field) for one in records],
             "clearing sent sessions",
         )
-
-    def _pipelined(self, commands: Sequence[tuple[Any, ...]], doing: str) -> list[Any]:
-        replies: list[Any] = []
-        for start in range(0, len(commands), PIPELINE_MAX):
-            pipeline = self.client.pipeline(transaction=False)
-            for command in commands[start : start + PIPELINE_MAX]:
-                execute(pipeline, *command)
-            with mapped_errors(doing):
-                replies += pipeline.execute()
-        return replies

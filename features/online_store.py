@@ -10,52 +10,46 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final
 
 from feast import utils
-from feast.infra.online_stores.redis import (
-    RedisClient,
-    RedisOnlineStore,
-    RedisOnlineStoreConfig,
-    RedisType,
-)
-from pydantic import field_validator, model_validator
+from feast.infra.online_stores.redis import RedisOnlineStore, _versioned_fv_name
 
 from features.clock import now_ms
 from features.config import StateConfig
-from features.errors import ReadOnlyViewError
+from features.errors import GenerationError, ReadOnlyViewError
+from features.online_config import RedisAddressConfig
+from features.online_response import add_view
 from features.online_values import (
     EPOCH,
     MID,
     MILLISECOND,
     NOT_FOUND,
     Row,
+    UserColumns,
     item_row,
-    user_row,
+    user_columns,
 )
-from features.redis import CatalogueStore, StateStore, connect
-from features.row import decode_newest
+from features.online_write import write_rows
+from features.redis import CatalogueStore
+from features.redis_client import connect_to, pipelined
 from features.schema import views
-from features.view import seen_clock_ms, view_user
+from features.store import open_state, read_users
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
-    from datetime import datetime, timedelta
+    from datetime import timedelta
 
     from feast import Entity, FeatureView, RepoConfig
     from feast.protos.feast.serving.ServingService_pb2 import GetOnlineFeaturesResponse
     from feast.protos.feast.types.EntityKey_pb2 import EntityKey
     from feast.protos.feast.types.Value_pb2 import Value
 
-    from features.state import UserState
-    from features.view import UserView
+    from features.online_write import WriteRow
+    from features.redis import StateStore
+    from features.user_batch import UserBatch
 
 GroupedRefs = list[tuple["FeatureView", list[str]]]
-WriteRow = tuple["EntityKey", "dict[str, Value]", "datetime", "datetime | None"]
-
-URL_DEFAULT: Final = "redis://127.0.0.1:6379/0"
-# Before anything was promoted there is no pointer, and the first generation is the live one.
-GENERATION_DEFAULT: Final = 1
 # How long a promoted generation may go unseen: looking the pointer up for every request would
 # double its round trips, and the generation before stays fresh until it is dropped.
 POINTER_AGE_S_MAX: Final = 1.0
@@ -64,40 +58,17 @@ _VIEWS: Final = {view.name: view for view in views(StateConfig())}
 _CATALOGUE: Final = "item_catalogue"
 
 
-class MovelineOnlineStoreConfig(RedisOnlineStoreConfig):
-    """The online_store section of feature_store.yaml.
+class MovelineOnlineStoreConfig(RedisAddressConfig):
+    """The online_store section of feature_store.yaml; Feast looks for the store beside it.
 
     Attributes:
         type: this store's import path.
-        connection_string: redis://, rediss:// or unix://; a name that the environment does not
-            define, which Feast leaves as it stands, means the default.
         generation: read this one; None follows the live pointer.
     """
 
     # Any, because Feast's own class narrows it to the one word "redis".
     type: Any = "features.online_store.MovelineOnlineStore"
-    connection_string: str = URL_DEFAULT
     generation: int | None = None
-
-    @field_validator("connection_string")
-    @classmethod
-    def _take_default(cls, value: str) -> str:
-        url = URL_DEFAULT if value.startswith("$") else value
-        if "://" not in url:
-            raise ValueError(
-                f"connection_string is {url!r}: write redis://HOST:PORT/DB, the same URL "
-                "that the worker gets as MOVELINE_REDIS__URL."
-            )
-        return url
-
-    @model_validator(mode="after")
-    def _refuse_other_clients(self) -> Self:
-        if self.redis_type != RedisType.redis or self.client != RedisClient.redis:
-            raise ValueError(
-                f"redis_type {self.redis_type.value!r} with client {self.client.value!r}: the "
-                "worker writes to one Redis through redis-py, so leave both at 'redis'."
-            )
-        return self
 
 
 def refuse_worker_view(name: str) -> None:
@@ -139,6 +110,30 @@ class _Asked:
         view = _VIEWS.get(self.table.name)
         return view is not None and view.owner == "worker" and view.entity == "user"
 
+    @property
+    def is_feasts(self) -> bool:
+        return not self.is_user_view and self.table.name != _CATALOGUE
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What one request has read, in as few round trips as there are kinds of owners."""
+
+    clock_ms: int
+    users: UserBatch | None
+    index_of: Mapping[int, int]
+    rows: Mapping[int, list[Row]]  # by place of the view in the request, users' views excepted
+
+    def columns(self, each: _Asked) -> tuple[UserColumns, list[int]]:
+        """Return a user view's values and which of them belongs to each entity key."""
+        found = user_columns(each.table.name, each.features, self.users, len(self.index_of))
+        ttl_ms = each.table.ttl // MILLISECOND if each.table.ttl else None
+        if ttl_ms is not None:
+            oldest_ms = self.clock_ms - ttl_ms
+            newest_ms = [at if at >= oldest_ms else -1 for at in found.newest_ms]
+            found = found._replace(newest_ms=newest_ms)
+        return found, [self.index_of[user] for user in each.entity_ids]
+
 
 class MovelineOnlineStore(RedisOnlineStore):
     """Reads every view; writes only those that Feast owns.
@@ -151,10 +146,10 @@ class MovelineOnlineStore(RedisOnlineStore):
         self.clock = clock
         self._live: tuple[float, StateStore] | None = None
 
-    def _get_client(self, online_store_config: RedisOnlineStoreConfig) -> Any:  # noqa: ANN401
-        """Return one client for both layouts (Any: only features.redis names redis types)."""
+    def _get_client(self, online_store_config: Any) -> Any:  # noqa: ANN401
+        """Return one client for both layouts."""
         if not self._client:
-            self._client = connect(online_store_config.connection_string)
+            self._client = connect_to(online_store_config.address())
         return self._client
 
     # Reading
@@ -166,9 +161,19 @@ class MovelineOnlineStore(RedisOnlineStore):
         entity_keys: list[EntityKey],
         requested_features: list[str] | None = None,
     ) -> list[Row]:
-        """Return (event time, values) per entity; (None, None) when unknown or past its ttl."""
+        """Return (event time, values) per entity; (None, None) when unknown or past its ttl.
+
+        Raises:
+            StoreError: Redis did not answer.
+            CorruptRowError: a user's row is damaged.
+        """
         features = requested_features or [feature.name for feature in table.features]
-        return self._read(config, [_Asked(table, features, entity_keys)])[0]
+        asked = _Asked(table, features, entity_keys)
+        read = self._read(config, [asked])
+        if not asked.is_user_view:
+            return read.rows[0]
+        columns, places = read.columns(asked)
+        return [columns.row(index) for index in places]
 
     async def online_read_async(
         self,
@@ -201,12 +206,26 @@ class MovelineOnlineStore(RedisOnlineStore):
             keys = utils._get_entity_key_protos(entities)  # noqa: SLF001 - likewise
             asked.append(_Asked(table, features, keys))
             places.append((indexes, size))
-        for each, rows, (indexes, size) in zip(
-            asked, self._read(config, asked), places, strict=True
-        ):
+        read = self._read(config, asked)
+        for which, (each, (indexes, size)) in enumerate(zip(asked, places, strict=True)):
+            if each.is_user_view:
+                columns, users = read.columns(each)
+                of_row = [0] * size
+                for user, rows in zip(users, indexes, strict=True):
+                    for row in rows:
+                        of_row[row] = user
+                add_view(
+                    online_features_response,
+                    each.table,
+                    columns,
+                    of_row,
+                    full_names=full_feature_names,
+                    with_version=include_feature_view_version_metadata,
+                )
+                continue
             utils._populate_response_from_feature_data(  # noqa: SLF001 - likewise
                 each.features,
-                rows,
+                read.rows[which],
                 indexes,
                 online_features_response,
                 full_feature_names,
@@ -218,57 +237,60 @@ class MovelineOnlineStore(RedisOnlineStore):
     async def _read_features_per_fv_async(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         await asyncio.to_thread(self._read_features_per_fv, *args, **kwargs)
 
-    def _read(self, config: RepoConfig, asked: Sequence[_Asked]) -> list[list[Row]]:
+    def _read(self, config: RepoConfig, asked: Sequence[_Asked]) -> _Read:
+        """Read every user and every row once, whatever views they are asked for in."""
         clock_ms = self.clock()
-        seen = self._view_users(config, asked, clock_ms)
-        return [
-            [_within_ttl(row, each.table.ttl, clock_ms) for row in self._rows(config, each, seen)]
-            for each in asked
-        ]
-
-    def _rows(
-        self, config: RepoConfig, each: _Asked, seen: Mapping[int, UserView]
-    ) -> Iterable[Row]:
-        name = each.table.name
-        if each.is_user_view:
-            return [user_row(name, seen.get(user), each.features) for user in each.entity_ids]
-        if name == _CATALOGUE:
-            catalogue = CatalogueStore(self._get_client(config.online_store))
-            return [item_row(item, each.features) for item in catalogue.get_items(each.entity_ids)]
-        # A copy, because the parent appends a name of its own.
-        rows = super().online_read(config, each.table, each.entity_keys, list(each.features))
-        return [_written(row) for row in rows]
-
-    def _view_users(
-        self, config: RepoConfig, asked: Sequence[_Asked], clock_ms: int
-    ) -> dict[int, UserView]:
-        """Return every user asked for in any view, read once."""
         wanted = [each for each in asked if each.is_user_view]
         user_ids = list(dict.fromkeys(user for each in wanted for user in each.entity_ids))
-        store = self._state_store(config.online_store) if user_ids else None
-        if store is None:
-            return {}
-        with_mid = any(each.table.name == MID for each in wanted)
-        states = _load_states(store, user_ids, with_mid=with_mid)
+        users = None
+        if user_ids and (store := self._state_store(config.online_store)) is not None:
+            with_mid = any(each.table.name == MID for each in wanted)
+            newest = None if with_mid else store.config.recent
+            users = read_users(store, user_ids, now_ms=clock_ms, newest=newest)
+        rows = self._feast_rows(config, asked)
+        for place, each in enumerate(asked):
+            if each.table.name == _CATALOGUE:
+                catalogue = CatalogueStore(self._get_client(config.online_store))
+                items = catalogue.get_items(each.entity_ids)
+                rows[place] = [item_row(item, each.features) for item in items]
+            if place in rows:
+                ttl = each.table.ttl
+                rows[place] = [_within_ttl(row, ttl, clock_ms) for row in rows[place]]
+        return _Read(clock_ms, users, {user: i for i, user in enumerate(user_ids)}, rows)
+
+    def _feast_rows(self, config: RepoConfig, asked: Sequence[_Asked]) -> dict[int, list[Row]]:
+        """Return the rows of the views that Feast owns, by place, all read in one pipeline."""
+        of_feast = [place for place, each in enumerate(asked) if each.is_feasts]
+        commands: list[tuple[Any, ...]] = []
+        for each in (asked[place] for place in of_feast):
+            # A copy, because the parent appends a name of its own.
+            _, fields = self._generate_hset_keys_for_features(
+                each.table, list(each.features), _versioned_fv_name(each.table, config)
+            )
+            keys = self._generate_redis_keys_for_entities(config, each.entity_keys)
+            commands += [("HMGET", key, *fields) for key in keys]
+        if not commands:
+            return {place: [] for place in of_feast}
+        client = self._get_client(config.online_store)
+        replies = iter(pipelined(client, commands, "reading rows that Feast owns"))
         return {
-            user: view_user(state, seen_clock_ms(clock_ms, state), store.config)
-            for user, state in states.items()
+            place: [self._feast_row(config, asked[place], next(replies)) for _ in keys]
+            for place, keys in ((place, asked[place].entity_keys) for place in of_feast)
         }
+
+    def _feast_row(self, config: RepoConfig, each: _Asked, stored: Sequence[bytes | None]) -> Row:
+        name = _versioned_fv_name(each.table, config)
+        row: Row = self._get_features_for_entity(stored, name, [*each.features, f"_ts:{name}"])
+        return _written(row)
 
     def _state_store(self, settings: MovelineOnlineStoreConfig) -> StateStore | None:
         """Return the generation to read, None when no worker has claimed it yet."""
         if self._live is not None and time.monotonic() - self._live[0] < POINTER_AGE_S_MAX:
             return self._live[1]
-        client = self._get_client(settings)
-        catalogue = CatalogueStore(client)
-        generation = settings.generation
-        if generation is None:
-            pointers = catalogue.get_pointers()
-            generation = GENERATION_DEFAULT if pointers is None else pointers.generation
-        recorded = catalogue.recorded_config(generation)
-        if recorded is None:
-            return None
-        store = StateStore(client, generation, recorded)
+        try:
+            store = open_state(self._get_client(settings), generation=settings.generation)
+        except GenerationError:
+            return None  # every user is unknown until then
         self._live = (time.monotonic(), store)
         return store
 
@@ -281,13 +303,16 @@ class MovelineOnlineStore(RedisOnlineStore):
         data: list[WriteRow],
         progress: Callable[[int], Any] | None,
     ) -> None:
-        """Write rows of a view that Feast owns.
+        """Write rows of a view that Feast owns; one that is not newer than what is there is left.
 
         Raises:
             ReadOnlyViewError: the worker owns it.
+            StoreError: Redis did not answer, or is full; some rows may be written.
         """
         refuse_worker_view(table.name)
-        super().online_write_batch(config, table, data, progress)
+        write_rows(self._get_client(config.online_store), config, table, data)
+        if progress:
+            progress(len(data))
 
     async def online_write_batch_async(
         self,
@@ -327,25 +352,6 @@ class MovelineOnlineStore(RedisOnlineStore):
 
 def _feast_owned(tables: Iterable[FeatureView]) -> list[FeatureView]:
     return [t for t in tables if t.name not in _VIEWS or _VIEWS[t.name].owner == "feast"]
-
-
-def _load_states(
-    store: StateStore, user_ids: Sequence[int], *, with_mid: bool
-) -> dict[int, UserState]:
-    """Return the known users' states; without the mid-term stream, only the newest records."""
-    newest = None if with_mid else store.config.recent
-    states: dict[int, UserState] = {}
-    short: list[int] = []
-    for user, row in zip(user_ids, store.read_rows(user_ids, newest=newest), strict=True):
-        if row is None:
-            continue
-        states[user], num_missing = decode_newest(row)
-        # Departed ids share the bytes that were asked for: see features.row.newest_bytes.
-        if num_missing and states[user].records.size < store.config.recent:
-            short.append(user)
-    if short:
-        states.update(_load_states(store, short, with_mid=True))
-    return states
 
 
 def _within_ttl(row: Row, ttl: timedelta | None, clock_ms: int) -> Row:

@@ -1,9 +1,8 @@
-"""The one door to Redis: state rows, catalogue, pointers. Knows keys and scripts, no meaning."""
+"""State rows, catalogue and pointers in Redis. Knows keys and scripts, no meaning."""
 
 from __future__ import annotations
 
 import hashlib
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
@@ -11,24 +10,27 @@ from itertools import tee
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 import msgspec
-import redis
-from redis.backoff import NoBackoff
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
-from redis.exceptions import TimeoutError as RedisTimeoutError
-from redis.retry import Retry
 
 from features import keys
 from features.catalogue import Item, decode_item, encode_item
 from features.config import StateConfig, config_from_json
-from features.errors import (
-    SchemaMismatchError,
-    StoreError,
-    StoreFullError,
-    StoreUnavailableError,
-    UnsafeStoreError,
+from features.errors import SchemaMismatchError, UnsafeStoreError
+from features.redis_client import (
+    PIPELINE_MAX,
+    TIMEOUT_S_DEFAULT,
+    RedisClient,
+    ScriptMissingError,
+    connect,
+    execute,
+    infos,
+    load_script,
+    mapped_errors,
+    pipelined,
+    primaries,
+    run_script,
+    scan,
+    streamed,
 )
-from features.pipeline import replies_to
 from features.row import (
     FORMATS,
     POSITION_FROM_END,
@@ -39,60 +41,33 @@ from features.row import (
     decode_newest,
     decode_row,
     format_of,
+    is_short,
     known_format,
     newest_bytes,
 )
 from features.state import EMPTY_STATE, UserState, rebuild_window
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from redis.client import Pipeline
-
-# A read for scoring that takes longer is worth less than a degraded answer.
-TIMEOUT_S_DEFAULT: Final = 5.0
-# One pipeline's size: past it Redis buffers replies for nothing.
-PIPELINE_MAX: Final = 2_000
-
-
-@contextmanager
-def mapped_errors(doing: str) -> Iterator[None]:
-    """Inside the block, what Redis raises becomes an error of ours that says what was tried."""
-    try:
-        yield
-    except (RedisConnectionError, RedisTimeoutError) as error:
-        raise StoreUnavailableError(
-            f"Redis did not answer while {doing} ({str(error).rstrip('.')}). "
-            "Check `moveline status` and the redis.url setting."
-        ) from error
-    except OutOfMemoryError as error:
-        raise StoreFullError(
-            f"Redis is at maxmemory while {doing}: raise it, or drop a generation."
-        ) from error
-    except RedisError as error:
-        raise StoreError(f"Redis refused while {doing}: {error}") from error
-
-
-def connect(url: str, *, timeout_s: float = TIMEOUT_S_DEFAULT) -> redis.Redis:
-    """Return a client that never retries by itself: a lost reply must not be written twice."""
-    return redis.Redis.from_url(
-        url,
-        socket_timeout=timeout_s,
-        socket_connect_timeout=timeout_s,
-        retry=Retry(NoBackoff(), 0),
-        decode_responses=False,
-    )
-
-
-def execute(client: redis.Redis, *command: str | bytes | float) -> Any:  # noqa: ANN401 - Redis replies
-    """Return the reply to one command; the library's own type of it says nothing."""
-    run: Callable[..., Any] = client.execute_command
-    return run(*command)
-
-
-def _queue(pipeline: Pipeline, *command: str | bytes | float) -> None:
-    execute: Callable[..., Any] = pipeline.execute_command
-    execute(*command)
+# Who uses a store connects to it too, and imports both from here.
+__all__ = [
+    "CHECKPOINT_DIFFERS",
+    "PIPELINE_MAX",
+    "TIMEOUT_S_DEFAULT",
+    "WRITTEN",
+    "BucketWrite",
+    "CatalogueStore",
+    "Pointers",
+    "RedisClient",
+    "StateStore",
+    "Trending",
+    "connect",
+    "count_users",
+    "execute",
+    "mapped_errors",
+    "memory_used",
+]
 
 
 @dataclass(frozen=True)
@@ -150,7 +125,7 @@ class StateStore:
         formats: what rows can be read.
     """
 
-    client: redis.Redis
+    client: RedisClient
     generation: int
     config: StateConfig
     row_format: RowFormat = FORMATS[ROW_FORMAT]
@@ -163,7 +138,8 @@ class StateStore:
             StoreUnavailableError: it does not.
         """
         with mapped_errors("pinging"):
-            execute(self.client, "PING")
+            for server in primaries(self.client):
+                execute(server, "PING")
 
     def refuse_eviction(self) -> None:
         """Return if Redis keeps what it is given.
@@ -172,13 +148,17 @@ class StateStore:
             UnsafeStoreError: a maxmemory-policy other than noeviction.
         """
         with mapped_errors("reading maxmemory-policy"):
-            reply = execute(self.client, "CONFIG GET", "maxmemory-policy")
-        policy = reply.get("maxmemory-policy", reply.get(b"maxmemory-policy"))
-        if policy not in {"noeviction", b"noeviction"}:
-            raise UnsafeStoreError(
-                f"maxmemory-policy is {policy!r}: Redis would drop users silently. "
-                "Run `redis-cli config set maxmemory-policy noeviction`."
-            )
+            replies = [
+                execute(server, "CONFIG GET", "maxmemory-policy")
+                for server in primaries(self.client)
+            ]
+        for reply in replies:
+            policy = reply.get("maxmemory-policy", reply.get(b"maxmemory-policy"))
+            if policy not in {"noeviction", b"noeviction"}:
+                raise UnsafeStoreError(
+                    f"maxmemory-policy is {policy!r}: Redis would drop users silently. "
+                    "Run `redis-cli config set maxmemory-policy noeviction`."
+                )
 
     def claim_generation(self) -> None:
         """Record the generation's config, or check that the recorded one is equal.
@@ -252,17 +232,13 @@ class StateStore:
         """
         writes, again = tee(writes)
         try:
-            return self._write_streamed(writes)
-        except _ScriptMissingError:
-            with mapped_errors("loading the write script"):
-                execute(self.client, "SCRIPT LOAD", _script())
-            return self._write_streamed(again)
+            return self._streamed(writes)
+        except ScriptMissingError:
+            load_script(self.client, _script())
+            return self._streamed(again)
 
-    def _write_streamed(self, writes: Iterable[BucketWrite]) -> list[int]:
-        doing = "writing states"
-        with mapped_errors(doing):
-            replies = replies_to(self.client, map(self._bucket_command, writes))
-        return _refuse_errors(replies, doing)
+    def _streamed(self, writes: Iterable[BucketWrite]) -> list[int]:
+        return streamed(self.client, map(self._bucket_command, writes), "writing states")
 
     def _bucket_command(self, write: BucketWrite) -> tuple[Any, ...]:
         values: list[Any] = [
@@ -302,100 +278,64 @@ class StateStore:
     def read_states(self, user_ids: Sequence[int], *, newest: int) -> list[UserState | None]:
         """Return states with at least the newest records asked for, as far as there are any.
 
-        One round trip. Only rows that remember departed ids of late events can come back short,
-        and those are read again, whole.
-
         Raises:
             StoreError: Redis did not answer.
             CorruptRowError: stored bytes are not a row.
         """
         rows = self.read_rows(user_ids, newest=newest)
-        read = [None if row is None else decode_newest(row, self.formats) for row in rows]
-        short = [
-            i
-            for i, found in enumerate(read)
-            if found is not None and found[1] and found[0].records.size < newest
-        ]
-        states = [None if found is None else found[0] for found in read]
-        if short:
-            whole = self.read_rows([user_ids[i] for i in short])
-            for i, row in zip(short, whole, strict=True):
-                states[i] = None if row is None else decode_row(row, self.formats)
-        return states
+        return [None if row is None else decode_newest(row, self.formats)[0] for row in rows]
 
     def read_rows(
         self, user_ids: Sequence[int], *, newest: int | None = None
     ) -> list[bytes | None]:
         """Return the users' rows in one round trip, each read atomically; None when unknown.
 
+        Only rows that remember departed ids of late events can come back short of the records
+        asked for, and those are read again, whole.
+
         Args:
             user_ids: whose rows.
             newest: only this many of the newest records (and all of the trailer).
+
+        Raises:
+            StoreError: Redis did not answer.
         """
+        row_keys = [keys.row_key(self.generation, user) for user in user_ids]
         if newest is None:
-            commands: list[tuple[Any, ...]] = [
-                ("GET", keys.row_key(self.generation, user)) for user in user_ids
-            ]
-        else:
-            start = -newest_bytes(newest)
-            commands = [
-                ("GETRANGE", keys.row_key(self.generation, user), start, -1) for user in user_ids
-            ]
-        return [row or None for row in self._pipelined(commands, "reading states")]
+            whole = self._pipelined([("GET", key) for key in row_keys], "reading states")
+            return [row or None for row in whole]
+        start = -newest_bytes(newest)
+        rows = self._pipelined([("GETRANGE", key, start, -1) for key in row_keys], "reading states")
+        short = [i for i, row in enumerate(rows) if is_short(row, newest)]
+        again = self._pipelined([("GET", row_keys[i]) for i in short], "reading states")
+        for i, row in zip(short, again, strict=True):
+            rows[i] = row
+        return [row or None for row in rows]
 
     def _pipelined(self, commands: Sequence[tuple[Any, ...]], doing: str) -> list[Any]:
-        replies: list[Any] = []
-        for start in range(0, len(commands), PIPELINE_MAX):
-            pipeline = self.client.pipeline(transaction=False)
-            for command in commands[start : start + PIPELINE_MAX]:
-                _queue(pipeline, *command)
-            with mapped_errors(doing):
-                replies += pipeline.execute(raise_on_error=False)
-        return _refuse_errors(replies, doing)
-
-
-def _refuse_errors(replies: list[Any], doing: str) -> list[Any]:
-    """Return the replies if none of them is an error."""
-    for reply in replies:
-        if isinstance(reply, NoScriptError):
-            raise _ScriptMissingError(str(reply))
-        if isinstance(reply, ResponseError):
-            with mapped_errors(doing):
-                raise reply
-    return replies
-
-
-class _ScriptMissingError(StoreError):
-    """Redis does not know the script: load it and run the pipeline again.
-
-    Running the whole pipeline twice is safe: a bucket that was written refuses its second write.
-    """
+        return pipelined(self.client, commands, doing)
 
 
 @dataclass(frozen=True)
 class CatalogueStore:
     """Items, domains and pointers in Redis: small, shared by all generations."""
 
-    client: redis.Redis
+    client: RedisClient
 
     def put_items(self, items: Iterable[Item]) -> None:
         """Store catalogue entries; the last one of an item wins (its topic is compacted)."""
-        with mapped_errors("writing items"):
-            pipeline = self.client.pipeline(transaction=False)
-            for item in items:
-                field = b"%d" % item.item_id
-                _queue(pipeline, "HSET", keys.items_key(item.item_id), field, encode_item(item))
-                verb = "SREM" if item.available else "SADD"
-                _queue(pipeline, verb, keys.WITHDRAWN_KEY, field)
-            pipeline.execute()
+        commands: list[tuple[Any, ...]] = []
+        for item in items:
+            field = b"%d" % item.item_id
+            commands.append(("HSET", keys.items_key(item.item_id), field, encode_item(item)))
+            verb = "SREM" if item.available else "SADD"
+            commands.append((verb, keys.WITHDRAWN_KEY, field))
+        pipelined(self.client, commands, "writing items")
 
     def get_items(self, item_ids: Sequence[int]) -> list[Item | None]:
         """Return the entries in the order asked, None where the catalogue has none."""
-        with mapped_errors("reading items"):
-            pipeline = self.client.pipeline(transaction=False)
-            for item_id in item_ids:
-                _queue(pipeline, "HGET", keys.items_key(item_id), b"%d" % item_id)
-            raw = pipeline.execute()
+        commands = [("HGET", keys.items_key(item_id), b"%d" % item_id) for item_id in item_ids]
+        raw = pipelined(self.client, commands, "reading items")
         return [None if entry is None else decode_item(entry) for entry in raw]
 
     def withdrawn(self) -> set[int]:
@@ -433,10 +373,9 @@ class CatalogueStore:
     def advance_items_read(self, partition: int, *, expected: int, offset: int) -> bool:
         """Remember up to where the items topic is applied; False if it stood elsewhere."""
         with mapped_errors("writing the catalogue's position"):
-            script = _advance_items()
-            place = keys.ITEMS_READ_KEY, partition
-            reply = execute(self.client, "EVAL", script, 1, *place, expected, offset)
-        return bool(reply)
+            place = [keys.ITEMS_READ_KEY]
+            args = (partition, expected, offset)
+            return bool(run_script(self.client, _advance_items(), place, args))
 
     def get_items_read(self) -> dict[int, int]:
         """Return up to where the items topic is applied, by partition."""
@@ -471,14 +410,14 @@ class CatalogueStore:
         return None if raw is None else config_from_json(raw)
 
 
-def count_users(client: redis.Redis, generation: int) -> int:
+def count_users(client: RedisClient, generation: int) -> int:
     """Return how many users a generation holds. Scans the keyspace: for people, not for code."""
     with mapped_errors("counting users"):
         pattern = f"{keys.PREFIX}:*:g{generation}:row:*"
-        return sum(1 for _ in client.scan_iter(match=pattern, count=10_000))
+        return sum(1 for _ in scan(client, pattern, count=10_000))
 
 
-def memory_used(client: redis.Redis) -> float:
+def memory_used(client: RedisClient) -> float:
     """Return the bytes Redis holds as data, by its own count."""
     with mapped_errors("reading memory"):
-        return float(execute(client, "INFO", "memory")["used_memory_dataset"])
+        return float(sum(info["used_memory_dataset"] for info in infos(client, "memory")))

@@ -161,6 +161,9 @@ def _decode_newest(row_end: bytes) -> tuple[UserState, int]:
     append_time_ms, next_ordinal, num_chunks, num_late, num_records, num_departed = counts[:6]
     has_session, num_actions = counts[6:]
     tail_end = len(row_end) - TRAILER_BYTES - num_departed * DEPARTED_BYTES
+    if tail_end < 0 and num_records:
+        # What was read begins among the departed ids: no record is in it, all of them are missing.
+        row_end, tail_end = row_end[-TRAILER_BYTES:], 0
     if tail_end < 0 or (tail_end > num_records * RECORD_BYTES):
         raise CorruptRowError(
             f"row of {len(row_end)} bytes does not fit its {num_records} records "
@@ -257,6 +260,16 @@ def newest_bytes(num_records: int) -> int:
     """Return how many bytes from the end hold the newest records and the trailer.
 
     Departed ids are rare (late events only); a row that has some may come back short by as many
-    records, which `decode_newest` reports and the reader fetches whole.
+    records, which `is_short` tells and the reader fetches whole.
     """
     return num_records * RECORD_BYTES + TRAILER_BYTES
+
+
+def is_short(row_end: bytes, num_records: int) -> bool:
+    """Return whether the end of a row lacks records because of departed ids before the trailer."""
+    if len(row_end) < TRAILER_BYTES:
+        return False
+    counts = _COUNTS.unpack_from(row_end, len(row_end) - _END.size - _COUNTS.size)
+    in_row, num_departed = counts[4:6]
+    held = (len(row_end) - TRAILER_BYTES - num_departed * DEPARTED_BYTES) // RECORD_BYTES
+    return bool(num_departed) and held < min(num_records, in_row)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass
+from math import prod
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
@@ -15,22 +17,41 @@ from features.row import ROW_FORMAT
 from features.view import LAST_ITEMS
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from features.config import StateConfig
 
 Dtype = Literal["int64", "float32", "bool", "string"]
 SECONDS_PER_DAY: Final = 86_400
+# What a memory of the lifelong stream is: as many summary tokens of this width (`gems` reads it).
+LIFELONG_SLOTS: Final = 16
+LIFELONG_WIDTH: Final = 64
+# What AMEN foresees of a user's next interests: as many vectors of this width.
+INTEREST_STEPS: Final = 4
+INTEREST_WIDTH: Final = 64
 
 
 @dataclass(frozen=True)
 class Feature:
-    """One feature of a view. `length` 0 is a scalar, otherwise a list of at most that many."""
+    """One feature of a view.
+
+    Attributes:
+        shape: () is a scalar; a stream's only number is how long it is at most; several are a
+            tensor, stored as one list, row after row.
+        default: what stands where nothing is known; None: nothing does, the value is null.
+    """
 
     name: str
     dtype: Dtype
     unit: str
-    length: int = 0
+    shape: tuple[int, ...] = ()
     default: float | str | None = 0
     about: str = ""
+
+    @property
+    def length(self) -> int:
+        """Values in its list at most; 0 for a scalar."""
+        return prod(self.shape) if self.shape else 0
 
 
 @dataclass(frozen=True)
@@ -55,7 +76,7 @@ def _stream_features(prefix: str, length: int) -> tuple[Feature, ...]:
         ("value", "float32", "as sent", "NaN is none"),
     )
     return tuple(
-        Feature(f"{prefix}_{name}", dtype, unit, length, None, about)
+        Feature(f"{prefix}_{name}", dtype, unit, (length,), None, about)
         for name, dtype, unit, about in columns
     )
 
@@ -76,8 +97,8 @@ def views(config: StateConfig) -> tuple[View, ...]:
                 Feature("session_num_events", "int64", "events"),
                 Feature("session_dwell_ms", "int64", "ms"),
                 Feature("session_distinct_items", "int64", "items"),
-                Feature("session_action_counts", "int64", "events", len(config.actions), None),
-                Feature("session_last_items", "int64", "id", LAST_ITEMS, None, "newest first"),
+                Feature("session_action_counts", "int64", "events", (len(config.actions),), None),
+                Feature("session_last_items", "int64", "id", (LAST_ITEMS,), None, "newest first"),
             ),
             about="the rolling session, evaluated at the reader's clock",
         ),
@@ -98,13 +119,49 @@ def views(config: StateConfig) -> tuple[View, ...]:
             about=f"the {config.mid} events before the recent ones",
         ),
         View(
+            "user_interest_flow",
+            "user",
+            ttl_s=7 * SECONDS_PER_DAY,
+            owner="worker",
+            features=(
+                Feature(
+                    "interest_flow",
+                    "float32",
+                    "embedding",
+                    (INTEREST_STEPS, INTEREST_WIDTH),
+                    None,
+                    "the next interests foreseen, nearest first",
+                ),
+                Feature("interest_flow_ordinal", "int64", "events", default=None),
+            ),
+            about="a place for what AMEN foresees; nothing writes it yet, so it is null",
+        ),
+        View(
+            "user_lifelong",
+            "user",
+            ttl_s=0,
+            owner="worker",
+            features=(
+                Feature(
+                    "lifelong_memory",
+                    "float32",
+                    "embedding",
+                    (LIFELONG_SLOTS, LIFELONG_WIDTH),
+                    None,
+                    "summary tokens of all chunks folded so far",
+                ),
+                Feature("lifelong_num_chunks", "int64", "chunks", default=None),
+            ),
+            about="a place for the lifelong memory; nothing writes it yet, so it is null",
+        ),
+        View(
             "item_catalogue",
             "item",
             ttl_s=0,
             owner="worker",
             features=(
                 Feature("item_name", "string", "text", default=""),
-                Feature("item_categories", "string", "text", 32, None, "widest first"),
+                Feature("item_categories", "string", "text", (32,), None, "widest first"),
                 Feature("item_available", "bool", "flag", default=True),
             ),
             about="names and availability from the compacted items topic",
@@ -121,6 +178,26 @@ def views(config: StateConfig) -> tuple[View, ...]:
             about="popularity; anyone may push it through Feast",
         ),
     )
+
+
+# Feature service -> the views that a model, or an answer, is made of.
+SERVICES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        "gems": ("user_session", "user_recent", "user_mid", "user_lifelong"),
+        "hpgr": ("user_session", "user_recent", "item_catalogue", "item_statistics"),
+        "amen": ("user_session", "user_recent", "user_mid", "user_interest_flow"),
+        "recommend": (
+            "user_session",
+            "user_recent",
+            "user_mid",
+            "user_interest_flow",
+            "user_lifelong",
+            "item_catalogue",
+            "item_statistics",
+        ),
+        "catalogue": ("item_catalogue",),
+    }
+)
 
 
 def schema_hash(config: StateConfig) -> str:

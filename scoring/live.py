@@ -14,7 +14,7 @@ from features.errors import StoreError
 from features.redis import CatalogueStore, StateStore, Trending
 
 if TYPE_CHECKING:
-    import redis
+    from features.redis import RedisClient
 
 log = logging.getLogger("moveline.recommend")
 
@@ -36,7 +36,7 @@ class Snapshot:
 class Live:
     """Keeps a snapshot fresh from a thread; readers take `snapshot` without waiting."""
 
-    def __init__(self, client: redis.Redis) -> None:
+    def __init__(self, client: RedisClient) -> None:
         self.client = client
         self.snapshot = Snapshot()
         self._stop = threading.Event()

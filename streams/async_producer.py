@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, Self, Unpack
 
 from streams.errors import DeliveryError, ProducerClosedError, QueueFullError
 from streams.producer import CLOSE_TIMEOUT_S, QUEUE_WAIT_S, Counters, Delivery, EventProducer
-from streams.properties import DELIVERY_TIMEOUT_MS, LINGER_MS
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from features.events import Event
     from streams.kafka import KafkaConfig
-    from streams.producer import OnDelivery, Outcome
+    from streams.producer import OnDelivery, Outcome, Sending
 
 # Sends that may wait for their acknowledgement at once; the next one waits its turn in `send`.
 IN_FLIGHT_MAX: Final = 10_000
@@ -37,31 +36,25 @@ class AsyncEventProducer:
         config: KafkaConfig,
         topic: str,
         *,
-        msgpack: bool = False,
         in_flight_max: int = IN_FLIGHT_MAX,
         queue_wait_s: float = QUEUE_WAIT_S,
-        linger_ms: int = LINGER_MS,
-        delivery_timeout_ms: int = DELIVERY_TIMEOUT_MS,
+        **sending: Unpack[Sending],
     ) -> None:
-        """Say where to send, as for `EventProducer`; nothing is opened yet.
+        """Say where to send; nothing is opened yet.
 
         Args:
             config: the cluster.
             topic: usually `Topics().events`.
-            msgpack: MessagePack instead of JSON.
             in_flight_max: sends that may be unacknowledged at once; the next one waits.
             queue_wait_s: how long a send waits for room in a queue full by bytes.
-            linger_ms: how long an event waits for others to share its request.
-            delivery_timeout_ms: after this long without an acknowledgement an event has failed.
+            sending: `msgpack`, `linger_ms`, `delivery_timeout_ms`, as for `EventProducer`.
         """
         self._producer = EventProducer(
             config,
             topic,
-            msgpack=msgpack,
             queue_events_max=2 * in_flight_max,
             queue_wait_s=0.0,
-            linger_ms=linger_ms,
-            delivery_timeout_ms=delivery_timeout_ms,
+            **sending,
         )
         self._queue_wait_s = queue_wait_s
         self._room = asyncio.Semaphore(in_flight_max)

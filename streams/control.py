@@ -6,14 +6,14 @@ Newest record of a key wins. `pointers` says what is live, `promotion` what was 
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from features.redis import Pointers
-from streams.errors import BrokerUnavailableError, DeliveryError
-from streams.kafka import KafkaConfig, TopicPartition, make_consumer, make_producer, watermarks
+from streams.errors import DeliveryError
+from streams.kafka import KafkaConfig, make_producer, watermarks
+from streams.log_reader import LogReader
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -100,26 +100,11 @@ def write_records(kafka: KafkaConfig, topics: Topics, records: Mapping[bytes, by
 def read_records(kafka: KafkaConfig, topics: Topics) -> dict[bytes, bytes]:
     """Return the newest record of each key; raises as `read_pointers` does."""
     low, high = watermarks(kafka, topics.control)[0]
-    if low == high:
-        return {}
-    consumer = make_consumer(kafka, group="moveline-control-reader")
-    consumer.assign([TopicPartition(topics.control, 0, low)])
     newest: dict[bytes, bytes] = {}
-    deadline = time.monotonic() + _TIMEOUT_S
+    reader = LogReader.open(kafka)
     try:
-        while True:
-            message = consumer.poll(0.2)
-            if message is not None and message.error() is None:
-                newest[message.key() or b""] = message.value() or b""
-                if (message.offset() or 0) >= high - 1:
-                    break
-            elif consumer.position([TopicPartition(topics.control, 0)])[0].offset >= high:
-                break
-            if time.monotonic() > deadline:
-                raise BrokerUnavailableError(
-                    f"{topics.control} at {kafka.bootstrap} could not be read to offset {high} "
-                    f"within {_TIMEOUT_S} s: check the broker with `moveline status`."
-                )
+        for messages, _ in reader.read(topics.control, 0, low, high):
+            newest |= {message.key() or b"": message.value() or b"" for message in messages}
     finally:
-        consumer.close()
+        reader.close()
     return newest

@@ -6,24 +6,19 @@ them again.
 
 from __future__ import annotations
 
-import time
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from streams.errors import BrokerUnavailableError, DeadLetterError, NoLetterError
-from streams.kafka import (
-    TopicPartition,
-    as_stream_error,
-    is_end_of_partition,
-    make_consumer,
-    watermarks,
-)
+from streams.errors import DeadLetterError, NoLetterError
+from streams.kafka import watermarks
+from streams.log_reader import LogReader
 from streams.micro_batch import dead_letter_headers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from streams.kafka import Consumer, KafkaConfig, Message, Producer
+    from streams.kafka import KafkaConfig, Producer
     from streams.micro_batch import DeadLetter
     from streams.topics import Topics
 
@@ -35,8 +30,6 @@ OUR_HEADERS: Final = frozenset(
     for name in ("reason", "detail", "topic", "partition", "offset", "append-time-ms")
 )
 UNKNOWN_REASON: Final = "unknown"
-_READ_MESSAGES: Final = 5_000
-_READ_S: Final = 0.2
 _STALL_S: Final = 30.0
 
 
@@ -153,46 +146,13 @@ def read_letter(kafka: KafkaConfig, topics: Topics, partition: int, offset: int)
 def _read_span(
     kafka: KafkaConfig, topic: str, starts: Mapping[int, int], ends: Mapping[int, int]
 ) -> Iterator[StoredLetter]:
-    left = dict(starts)
-    if not left:
-        return
-    consumer = make_consumer(kafka, group="moveline-dead-letter-reader", reader=True)
-    consumer.assign([TopicPartition(topic, partition, at) for partition, at in left.items()])
-    heard_s = time.monotonic()
+    reader = LogReader.open(kafka)
     try:
-        while left:
-            messages = consumer.consume(_READ_MESSAGES, _READ_S)
-            if messages:
-                heard_s = time.monotonic()
-            elif time.monotonic() - heard_s > _STALL_S:
-                raise BrokerUnavailableError(
-                    f"{topic} at {kafka.bootstrap} delivered nothing for {_STALL_S:g} s, next "
-                    f"offsets {left}: check the broker with `moveline status`."
-                )
-            yield from _take(consumer, messages, left, ends, kafka)
+        with closing(reader.stretches(topic, starts, ends, timeout_s=_STALL_S)) as stretches:
+            for stretch in stretches:
+                yield from map(_to_letter, stretch.messages)
     finally:
-        consumer.close()
-
-
-def _take(
-    consumer: Consumer,
-    messages: Sequence[Message],
-    left: dict[int, int],
-    ends: Mapping[int, int],
-    kafka: KafkaConfig,
-) -> Iterator[StoredLetter]:
-    for message in messages:
-        plain: Any = message
-        partition, offset, error = plain.partition(), plain.offset(), plain.error()
-        if partition not in left:
-            continue
-        if error is not None and not is_end_of_partition(error):
-            raise as_stream_error(error, kafka)
-        if error is None and offset < ends[partition]:
-            yield _to_letter(plain)
-        if offset >= ends[partition] - (error is None):
-            del left[partition]
-            consumer.pause([TopicPartition(plain.topic(), partition)])
+        reader.close()
 
 
 def _to_letter(message: Any) -> StoredLetter:  # noqa: ANN401 - the library calls all optional

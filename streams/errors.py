@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from features.events import Event
 
 
@@ -98,6 +100,17 @@ class LogHoleError(StreamError):
         self.partition = partition
         self.lake_end = lake_end
         self.low = low
+
+
+class OffsetGoneError(StreamError):
+    """Retention has removed records before they were read."""
+
+    def __init__(self, topic: str, partitions: Collection[int]) -> None:
+        super().__init__(
+            f"Kafka no longer has the next offsets of {topic!r} in partitions "
+            f"{sorted(partitions)}: retention has overtaken the reading. Repeat the command; what "
+            "the lake has is read from there."
+        )
 
 
 class LogTruncatedError(StreamError):

@@ -1,29 +1,22 @@
 """The event log from any offset to any other, as micro-batches: the lake first, then Kafka.
 
-Whoever reads with it only assigns: it joins no group and commits nothing, so that no live group
-can notice. A group name is given because librdkafka asks for one.
+Whoever reads with it joins no group and commits nothing, so that no live group can notice
+(streams/log_reader.py).
 """
 
 from __future__ import annotations
 
 import logging
-import time
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from features.keys import NUM_BUCKETS, bucket_of
 from features.lake import LakeFile, list_partition, read_file
-from streams.errors import BrokerUnavailableError, LogHoleError, LogTruncatedError
-from streams.kafka import (
-    TopicPartition,
-    as_stream_error,
-    is_end_of_partition,
-    is_offset_gone,
-    make_consumer,
-    offsets_for_time,
-    watermarks,
-)
+from streams.errors import LogHoleError, LogTruncatedError, OffsetGoneError
+from streams.kafka import offsets_for_time, watermarks
 from streams.lake_fill import lake_batches
+from streams.log_reader import LogReader
 from streams.micro_batch import MicroBatch, sort_records
 from streams.worker import to_record
 
@@ -32,17 +25,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from features.config import StateConfig
-    from streams.kafka import Consumer, KafkaConfig, Message
+    from streams.kafka import KafkaConfig
     from streams.micro_batch import Record
 
     Keep = Callable[[int], bool]
 
 log = logging.getLogger("moveline.replay")
 
-GROUP: Final = "moveline-log-reader"
 BATCH_MAX: Final = 10_000
-# A consume that waits longer than this answers with less, so that a stop is heard soon.
-_CONSUME_S: Final = 0.2
 # A broker that delivers nothing for so long while more is there has gone.
 STALL_S: Final = 30.0
 
@@ -153,67 +143,23 @@ class EventLog:
         keep: Keep | None,
         batch_max: int,
     ) -> Iterator[MicroBatch]:
-        left = {p: at for p, at in positions.items() if at < ends[p]}
-        if not left:
+        if not num_missing(positions, ends):
             return
-        consumer = make_consumer(self.kafka, group=GROUP, reader=True)
-        consumer.assign([TopicPartition(self.topic, p, at) for p, at in left.items()])
-        heard_s = time.monotonic()
-        try:
-            while num_missing(positions, ends):
-                messages = consumer.consume(batch_max, _CONSUME_S)
-                if messages:
-                    heard_s = time.monotonic()
-                elif time.monotonic() - heard_s > STALL_S:
-                    raise self._stalled(positions, ends)
-                records, moved, is_gone = self._sorted_out(messages, positions, ends)
-                if moved:
-                    yield _to_batch(records, moved, config, keep)
-                    positions.update(moved)
-                if is_gone:
-                    return
-                _pause_ended(consumer, self.topic, moved, ends)
-        finally:
-            consumer.close()
-
-    def _sorted_out(
-        self, messages: list[Message], positions: Mapping[int, int], ends: Mapping[int, int]
-    ) -> tuple[list[Record], dict[int, int], bool]:
-        """Return the records asked for, the next offsets after them, and whether one is gone."""
-        records: list[Record] = []
-        moved: dict[int, int] = {}
-        is_gone = False
-        for message in messages:
-            partition, offset = message.partition(), message.offset()
-            assert partition is not None
-            assert offset is not None
-            error = message.error()
-            if error is None:
-                if positions[partition] <= offset < ends[partition]:
-                    records.append(to_record(message))
-                offset += 1
-            elif is_offset_gone(error):
-                is_gone = True
-                continue
-            elif not is_end_of_partition(error):
-                cause = as_stream_error(error, self.kafka)
-                if not cause.retriable:
-                    raise cause
-                log.warning("%s", cause)
-                continue
-            # The end of a partition also passes over what is no record: transaction markers.
-            if offset > max(positions[partition], moved.get(partition, 0)):
-                moved[partition] = min(offset, ends[partition])
-        return records, moved, is_gone
-
-    def _stalled(
-        self, positions: Mapping[int, int], ends: Mapping[int, int]
-    ) -> BrokerUnavailableError:
-        return BrokerUnavailableError(
-            f"Kafka at {self.kafka.bootstrap} delivered nothing for {STALL_S:g} s while "
-            f"{self.topic!r} has {num_missing(positions, ends)} offsets more. What was read is "
-            "applied; look at the broker, then repeat the command, which goes on from there."
+        reader = LogReader.open(self.kafka)
+        read = reader.stretches(
+            self.topic, positions, ends, records_max=batch_max, timeout_s=STALL_S
         )
+        try:
+            with closing(read):
+                for stretch in read:
+                    if stretch.ends:
+                        records = [to_record(message) for message in stretch.messages]
+                        yield _to_batch(records, stretch.ends, config, keep)
+                        positions.update(stretch.ends)
+        except OffsetGoneError as error:
+            log.info("%s", error)
+        finally:
+            reader.close()
 
 
 def num_missing(positions: Mapping[int, int], ends: Mapping[int, int]) -> int:
@@ -240,11 +186,3 @@ def _to_batch(
 def _is_kept(key: bytes | None, keep: Keep) -> bool:
     """Return whether a record is of a user asked for: an event's key is its decimal user id."""
     return key is not None and key.isdigit() and keep(int(key))
-
-
-def _pause_ended(
-    consumer: Consumer, topic: str, moved: Mapping[int, int], ends: Mapping[int, int]
-) -> None:
-    done = [TopicPartition(topic, p) for p, at in moved.items() if at >= ends[p]]
-    if done:
-        consumer.pause(done)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Final, Protocol
 
 from streams.kafka import KafkaException, make_producer, offsets_for_time
@@ -22,6 +23,8 @@ DELIVERY_TIMEOUT_MS: Final = 30_000
 _LINGER_MS: Final = 100
 # What a server that stops gives the last records.
 CLOSE_TIMEOUT_S: Final = 2.0
+# How soon the thread that serves delivery reports hears that it is to end.
+_POLL_S: Final = 0.2
 # Records read from the topic at a time: about 25 MB.
 _READ_RECORDS: Final = 1_000
 
@@ -53,6 +56,10 @@ class FeatureLogProducer:
         self._topic = topic
         self._on_delivered = on_delivered
         self._on_dropped = on_dropped
+        self._stop = threading.Event()
+        self._thread = threading.Thread(
+            target=self._serve, name="moveline-feature-log", daemon=True
+        )
         self._producer: Producer = make_producer(
             kafka,
             linger_ms=_LINGER_MS,
@@ -61,10 +68,12 @@ class FeatureLogProducer:
             delivery_timeout_ms=DELIVERY_TIMEOUT_MS,
         )
 
+    def start(self) -> None:
+        """Serve delivery reports from a thread: until then they hold their place in the queue."""
+        self._thread.start()
+
     def send(self, key: bytes, value: bytes) -> None:
         """Take a record, or count it as dropped."""
-        # Delivery reports hold their place in the queue until they are served.
-        self._producer.poll(0)
         try:
             self._producer.produce(self._topic, value, key, on_delivery=self._report)
         except (BufferError, KafkaException):
@@ -72,8 +81,14 @@ class FeatureLogProducer:
 
     def close(self) -> None:
         """Give the last records a moment; the rest is dropped."""
+        self._stop.set()
+        self._thread.join()
         for _ in range(self._producer.flush(CLOSE_TIMEOUT_S)):
             self._on_dropped()
+
+    def _serve(self) -> None:
+        while not self._stop.is_set():
+            self._producer.poll(_POLL_S)
 
     def _report(self, error: KafkaError | None, _: Message) -> None:
         if error is None:

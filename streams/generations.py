@@ -24,10 +24,9 @@ from streams.worker import group_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import redis
-
     from features.config import StateConfig
     from features.generations import Built
+    from features.redis_client import RedisClient
     from streams.kafka import KafkaConfig
     from streams.topics import Topics
 
@@ -57,7 +56,7 @@ class Installation:
 
     kafka: KafkaConfig
     topics: Topics
-    client: redis.Redis
+    client: RedisClient
 
     def store(self, generation: int) -> StateStore:
         """Return a generation's state under its recorded rules.

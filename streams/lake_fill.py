@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from itertools import pairwise, repeat
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from streams.errors import LogHoleError
 from streams.micro_batch import MicroBatch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     import pyarrow as pa
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
     from features.config import StateConfig
     from streams.effects import Effects
 
-# Rows of a file turned into events at once: what is in memory.
-BATCH_ROWS: Final = 10_000
+# Rows of a file turned into events at once: what is in memory, about 40 MB. The more there are, the
+# more of them share the one write of their user and of their bucket: an event costs 6 us of CPU, in
+# batches of 10,000 it costs 10.
+BATCH_ROWS: Final = 100_000
 
 
 def fill_from_lake(
@@ -76,17 +79,31 @@ def _to_batch(rows: pa.Table, partition: int, config: StateConfig) -> MicroBatch
     batch.num_outside = int(rows.num_rows - keep.sum())
     names = ("offset", "append_time_ms")
     columns |= {name: rows[name].to_numpy()[keep] for name in names}
-    texts = [text for text in rows["domain"].to_pylist() if text is not None]
-    batch.domains = {domain_hash(text): text for text in set(texts)}
-    for row in zip(*(columns[name].tolist() for name in _FIELDS), strict=True):
-        event = _to_event(row, partition)
-        batch.by_user.setdefault(row[0], []).append(event)
+    texts = rows["domain"].unique().to_pylist()
+    batch.domains = {domain_hash(text): text for text in texts if text is not None}
+    # Stable: each user's events stay in offset order.
+    order = np.argsort(columns["user_id"], kind="stable")
+    columns = {name: column[order] for name, column in columns.items()}
+    batch.by_user = _by_user(columns["user_id"], _to_events(columns, partition))
     return batch
 
 
+def _to_events(columns: Mapping[str, lake.Column], partition: int) -> list[Accepted]:
+    offsets = columns["offset"].tolist()
+    positions = map(Position, repeat(0), repeat(partition), offsets)
+    return list(map(Accepted, positions, *(columns[name].tolist() for name in _FIELDS)))
+
+
+def _by_user(users: lake.Column, events: list[Accepted]) -> dict[int, list[Accepted]]:
+    """Return the events of each user; both arguments are sorted by user."""
+    # No id is -1, so these are all edges between users; none where there are no events.
+    edges = np.flatnonzero(np.diff(users, prepend=-1, append=-1)).tolist()
+    spans = [events[start:end] for start, end in pairwise(edges)]
+    return dict(zip(users[edges[:-1]].tolist(), spans, strict=True))
+
+
+# The fields of Accepted, its position apart.
 _FIELDS: Final = (
-    "user_id",
-    "offset",
     "append_time_ms",
     "item_id",
     "event_time_ms",
@@ -96,8 +113,3 @@ _FIELDS: Final = (
     "value",
     "action",
 )
-
-
-def _to_event(row: tuple[Any, ...], partition: int) -> Accepted:
-    _, offset, *rest = row
-    return Accepted(Position(0, partition, offset), *rest)

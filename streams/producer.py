@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Final, NamedTuple, Self, TypedDict
 
 from features.clock import now_ms
 from features.errors import InvalidEventError, Reason
@@ -67,6 +67,14 @@ class Counters(NamedTuple):
     num_sent: int
     num_delivered: int
     num_failed: int
+
+
+class Sending(TypedDict, total=False):
+    """Options of `EventProducer` that whoever sends through one passes on, explained there."""
+
+    msgpack: bool
+    linger_ms: int
+    delivery_timeout_ms: int
 
 
 Outcome = Delivery | DeliveryError

@@ -23,9 +23,13 @@ if TYPE_CHECKING:
 
     from features.config import StateConfig
     from features.feature_log import Served
+    from features.lake import LakeFile
     from features.state import Accepted, Position
     from streams.kafka import KafkaConfig
-    from streams.topics import Topics
+
+
+# By (source, partition), the first and the last offset the lake has.
+Covered = dict[tuple[int, int], tuple[int, int]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +52,15 @@ class SkewSource:
     """Where the two sides are.
 
     Attributes:
-        rules: by generation, the rules recorded for it; None where it is gone.
+        feature_log: topic of what was served.
+        events: topics of events, oldest first: the place of one is its `source`.
         lake: the lake's folder.
+        rules: by generation, the rules recorded for it; None where it is gone.
     """
 
     kafka: KafkaConfig
-    topics: Topics
+    feature_log: str
+    events: Sequence[str]
     lake: Path
     rules: Callable[[int], StateConfig | None]
 
@@ -83,7 +90,7 @@ def _read(
     found: list[Served] = []
     values = read_feature_log(
         source.kafka,
-        source.topics.feature_log,
+        source.feature_log,
         since_ms=request.since_ms,
         records_max=request.records_max,
         user_id=request.user_id,
@@ -119,15 +126,14 @@ def _compare(
     *,
     shown: bool,
 ) -> None:
-    topic = source.topics.events
-    files = list_files(source.lake, topic)
+    files = {n: list_files(source.lake, topic) for n, topic in enumerate(source.events)}
+    covered = _covered(files)
+    num_files = sum(map(len, files.values()))
     users = {one.user_id for one in reads}
-    with progress_bar("lake", total=len(files), unit="files", shown=shown) as advance:
-        logs = read_user_logs(source.lake, topic, users, config, advance=lambda _: advance(1))
-    covered: dict[int, tuple[int, int]] = {}
-    for file in files:
-        start, _ = covered.get(file.partition, (file.start, file.end))
-        covered[file.partition] = start, file.end
+    with progress_bar("lake", total=num_files, unit="files", shown=shown) as advance:
+        logs = read_user_logs(
+            source.lake, source.events, users, config, advance=lambda _: advance(1)
+        )
     # A user's reads in the order of their ordinals: each history is walked through once.
     ordered = sorted(reads, key=lambda one: (one.user_id, one.ordinal))
     with progress_bar("compare", total=len(ordered), unit="reads", shown=shown) as advance:
@@ -146,18 +152,24 @@ def _compare(
                 report.add(served, history.compare(served))
 
 
+def _covered(files: Mapping[int, Sequence[LakeFile]]) -> Covered:
+    found: Covered = {}
+    for number, of_topic in files.items():
+        for file in of_topic:
+            start, _ = found.get((number, file.partition), (file.start, file.end))
+            found[number, file.partition] = start, file.end
+    return found
+
+
 def _uncovered(
-    position: Position | None,
-    events: Sequence[Accepted],
-    covered: Mapping[int, tuple[int, int]],
+    position: Position | None, events: Sequence[Accepted], covered: Covered
 ) -> Skipped | None:
     """Return why the lake cannot say what should have been read, None where it can."""
-    if position is None:
-        partition = events[0].position.partition if events else None
-    else:
-        partition = position.partition
-        if partition not in covered or position.offset > covered[partition][1]:
+    if position is not None:
+        _, end = covered.get((position.source, position.partition), (0, -1))
+        if position.offset > end:
             return Skipped.NOT_IN_LAKE
-    if partition is not None and covered[partition][0] > 0:
+    first = events[0].position if events else position
+    if first is not None and covered[first.source, first.partition][0] > 0:
         return Skipped.LAKE_STARTS_LATER
     return None

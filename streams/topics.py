@@ -138,7 +138,7 @@ class Topics:
             ),
             TopicSpec(
                 name=self.feature_log,
-                num_partitions=partitions,
+                num_partitions=1,
                 replication=replication,
                 settings=_SERVED,
                 required=(CLEANUP_POLICY,),

@@ -97,7 +97,11 @@ def _source(settings: Settings) -> SkewSource:
     kafka, topics = options.kafka_of(settings)
     _, catalogue = options.stores_of(settings)
     return SkewSource(
-        kafka=kafka, topics=topics, lake=settings.lake.path, rules=catalogue.recorded_config
+        kafka=kafka,
+        feature_log=topics.feature_log,
+        events=[topics.events],
+        lake=settings.lake.path,
+        rules=catalogue.recorded_config,
     )
 
 
@@ -148,7 +152,8 @@ def _distances(distances: dict[int, int]) -> str:
 
 
 def _feature_table(report: SkewReport) -> Table:
-    table = Table("feature", title="by feature", title_justify="left")
+    table = Table(title="by feature", title_justify="left")
+    table.add_column("feature", no_wrap=True)
     for name in ("values", "reads differing", "mismatch", "missing", "extra"):
         table.add_column(name, justify="right")
     for name, tally in report.by_feature.items():

@@ -17,8 +17,10 @@ from pydantic import ValidationError
 from features import definitions
 from features.config import StateConfig
 from features.offline import MovelineRegistryStore
-from features.online_store import URL_DEFAULT, MovelineOnlineStoreConfig
-from features.schema import View, views
+from features.online_config import URL_DEFAULT
+from features.online_store import MovelineOnlineStoreConfig
+from features.redis_address import RedisAddress
+from features.schema import SERVICES, View, views
 
 FOLDER = Path(definitions.__file__).parent
 TYPES = {"int64": Int64, "float32": Float32, "bool": Bool, "string": String}
@@ -66,7 +68,7 @@ def test_the_command_line_applies_and_applies_again(tmp_path: Path) -> None:
     names = [view.name for view in views(StateConfig())]
     store = definitions.open_store(redis_url=URL_DEFAULT, registry=registry)
     assert sorted(view.name for view in store.list_feature_views()) == sorted(names)
-    assert {s.name for s in store.list_feature_services()} == {"retrieval_gems", "catalogue"}
+    assert {s.name for s in store.list_feature_services()} == set(SERVICES)
     assert {e.join_key for e in store.list_entities()} == {"user_id", "item_id"}
 
 
@@ -111,9 +113,13 @@ def test_relative_paths_start_beside_the_repository(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"connection_string": "localhost:6379,db=0"}, "redis://HOST:PORT/DB"),
-        ({"redis_type": "redis_cluster"}, "leave both at 'redis'"),
-        ({"client": "glide"}, "leave both at 'redis'"),
+        ({"connection_string": "localhost:six"}, "no HOST:PORT"),
+        ({"connection_string": "http://localhost"}, "no address of a Redis"),
+        (
+            {"redis_type": "redis_cluster", "connection_string": "redis://h:1/0"},
+            "leads to another kind",
+        ),
+        ({"client": "glide"}, "client 'glide'"),
         ({"generation": "newest"}, "generation"),
     ],
 )
@@ -122,12 +128,45 @@ def test_settings_that_cannot_work_are_refused(setting: dict[str, str], message:
         MovelineOnlineStoreConfig(**setting)
 
 
+@pytest.mark.parametrize(
+    ("setting", "address"),
+    [
+        (
+            {"connection_string": "h:1,db=2,password=secret"},
+            RedisAddress(kind="single", nodes=(("h", 1),), options={"db": 2, "password": "secret"}),
+        ),
+        (
+            {"redis_type": "redis_cluster", "connection_string": "a:1,b:2,ssl=true"},
+            RedisAddress(kind="cluster", nodes=(("a", 1), ("b", 2)), options={"ssl": True}),
+        ),
+        (
+            {
+                "redis_type": "redis_sentinel",
+                "sentinel_master": "main",
+                "connection_string": "a:1,b",
+            },
+            RedisAddress(
+                kind="sentinel", nodes=(("a", 1), ("b", 26379)), master="main", options={"db": 0}
+            ),
+        ),
+        (
+            {"connection_string": "redis+cluster://a:1"},
+            RedisAddress(kind="cluster", nodes=(("a", 1),)),
+        ),
+    ],
+)
+def test_an_address_is_spelled_as_feast_or_as_we_do(
+    setting: dict[str, str], address: RedisAddress
+) -> None:
+    assert MovelineOnlineStoreConfig(**setting).address() == address
+
+
 def test_no_other_module_of_features_imports_feast() -> None:
     code = (
         "import sys, pkgutil, importlib, features\n"
-        "own = {'definitions', 'offline', 'online_store', 'online_values'}\n"
+        "own = ('definitions', 'offline', 'online_')\n"
         "for found in pkgutil.iter_modules(features.__path__):\n"
-        "    if found.name not in own:\n"
+        "    if not found.name.startswith(own):\n"
         "        importlib.import_module('features.' + found.name)\n"
         "assert 'feast' not in sys.modules\n"
     )

@@ -13,7 +13,8 @@ import pyarrow as pa
 from features.config import StateConfig, config_from_json
 from features.lake import LAKE_SCHEMA, file_name
 from features.redis import Pointers, Trending
-from features.schema import schema_hash
+from features.schema import SERVICES, schema_hash, views
+from scoring.signature import LIFELONG_SLOTS, LIFELONG_WIDTH
 
 CONFIG_JSON = (
     b'{"actions":["impression","click","view","like","dislike","cart","purchase","rating"],'
@@ -24,7 +25,19 @@ CONFIG_JSON = (
 
 
 def test_the_schema_hash() -> None:
-    assert schema_hash(StateConfig()) == "acf8567a24559848"
+    assert schema_hash(StateConfig()) == "ae1b464c90482dd0"
+
+
+def test_what_a_model_reads_is_as_large_as_its_place_in_the_schema() -> None:
+    shapes = {f.name: f.shape for view in views(StateConfig()) for f in view.features}
+    assert shapes["lifelong_memory"] == (LIFELONG_SLOTS, LIFELONG_WIDTH)
+    assert shapes["recent_item_id"] == (64,)
+
+
+def test_services_name_views() -> None:
+    names = {view.name for view in views(StateConfig())}
+    assert {view for of_service in SERVICES.values() for view in of_service} == names
+    assert {"gems", "hpgr", "amen", "recommend"} <= set(SERVICES)
 
 
 def test_the_schema_hash_follows_the_rules() -> None:

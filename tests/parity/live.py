@@ -242,7 +242,7 @@ def judge(reads: Reads, root: Path, topic: str, config: StateConfig) -> Verdict:
     """Return how the reads differ from the lake, which must hold all they saw."""
     verdict = Verdict(num_pairs=reads.num_pairs, num_feast_pairs=len(reads.feast))
     users = {one.user_id for one in (*reads.served, *reads.feast)}
-    logs = read_user_logs(root, topic, users, config)
+    logs = read_user_logs(root, [topic], users, config)
     histories = {user: UserHistory(logs.get(user, []), config) for user in users}
     for served in sorted(reads.served, key=lambda one: (one.user_id, one.ordinal)):
         skew = histories[served.user_id].compare(served)

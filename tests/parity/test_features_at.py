@@ -116,7 +116,7 @@ def test_what_online_reads_is_what_the_lake_gives(
         if not records:
             return
         write_lake(Path(folder), records)
-        logs = read_user_logs(Path(folder), TOPIC, range(3), CONFIG)
+        logs = read_user_logs(Path(folder), [TOPIC], range(3), CONFIG)
     for user, seen_ms, offset, online in online_reads(records, cuts, clock_ms):
         log = logs[user]
         if log[0].is_forget and offset < log[0].position.offset:
@@ -172,7 +172,7 @@ def test_an_ordinal_beyond_the_log_is_refused() -> None:
 def test_ordinals_may_be_asked_for_in_any_order(tmp_path: Path) -> None:
     drawn: list[Drawn] = [(0, 3, number, "click", None, None, None, 0) for number in range(60)]
     write_lake(tmp_path, records_of(drawn))
-    log = read_user_logs(tmp_path, TOPIC, [0], CONFIG)[0]
+    log = read_user_logs(tmp_path, [TOPIC], [0], CONFIG)[0]
     timeline = Timeline(log, CONFIG)
     for ordinal in (0, 41, 7, 60, 60, 1):
         alone = features_at(log, ordinal=ordinal, clock_ms=10**9, config=CONFIG)
@@ -185,11 +185,11 @@ def test_a_truncated_lake_file_is_named(tmp_path: Path) -> None:
     (file,) = tmp_path.glob("*/*/*.parquet")
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(LakeError, match=file.name):
-        read_user_logs(tmp_path, TOPIC, [0], CONFIG)
+        read_user_logs(tmp_path, [TOPIC], [0], CONFIG)
 
 
 def test_users_nobody_asked_for_are_left_out(tmp_path: Path) -> None:
     drawn: list[Drawn] = [(user, 3, user, "click", None, None, None, 0) for user in (0, 1, 2)]
     write_lake(tmp_path, records_of(drawn))
-    logs = read_user_logs(tmp_path, TOPIC, [2, 7], CONFIG)
+    logs = read_user_logs(tmp_path, [TOPIC], [2, 7], CONFIG)
     assert list(logs) == [2]

@@ -155,6 +155,7 @@ def test_records_arrive_and_are_counted(kafka: KafkaConfig, topics: Topics) -> N
     producer = FeatureLogProducer(
         kafka, topics.feature_log, on_delivered=delivered, on_dropped=dropped
     )
+    producer.start()
     sent = [(b"%d" % user, b"value-%d" % user) for user in range(50)]
     for key, value in sent:
         producer.send(key, value)
@@ -171,6 +172,7 @@ def test_kafka_away_costs_no_time_and_every_record_is_counted() -> None:
     producer = FeatureLogProducer(
         NOWHERE, "t.feature-log", on_delivered=delivered, on_dropped=dropped
     )
+    producer.start()
     number = QUEUE_RECORDS_MAX + 500
     slowest_s = 0.0
     for user in range(number):
@@ -189,6 +191,7 @@ def test_a_record_too_large_is_dropped(kafka: KafkaConfig, topics: Topics) -> No
     producer = FeatureLogProducer(
         kafka, topics.feature_log, on_delivered=delivered, on_dropped=dropped
     )
+    producer.start()
     producer.send(b"1", b"x" * 2_000_000)
     producer.send(b"1", b"small")
     producer.close()

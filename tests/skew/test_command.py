@@ -74,6 +74,7 @@ class Served:
             on_delivered=lambda: self._count("delivered"),
             on_dropped=lambda: self._count("dropped"),
         )
+        producer.start()
         catalogue = CatalogueStore(self.store.client)
         catalogue.put_pointers(Pointers(None, self.store.generation))
         live = Live(self.store.client)
@@ -210,6 +211,19 @@ def test_what_the_lake_does_not_have_yet_is_not_compared(served: Served) -> None
     assert served.report(0)["skipped"]["not_in_lake"] > 10
     served.sink()
     assert served.report(0)["skipped"] == {}
+
+
+def test_a_lake_without_its_beginning_is_not_compared(served: Served) -> None:
+    served.sink()
+    publish(served.kafka, served.topics.events, Traffic(seed=6, num_users=60).make(300))
+    served.sink()
+    with running(served.kafka, served.topics, served.store) as worker:
+        wait_caught_up(served.kafka, served.topics, worker)
+    served.serve(list(range(60)))
+    min(served.lake.glob("*/partition=0/*.parquet")).unlink()
+    report = served.report(0)
+    assert set(report["skipped"]) == {"lake_starts_later"}
+    assert report["skipped"]["lake_starts_later"] + report["compared"] == 60
 
 
 def test_nothing_logged_is_an_error_not_a_zero(served: Served) -> None:

@@ -19,6 +19,7 @@ from features.chunks import FIRST_FIELD
 from features.clock import now_ms
 from features.events import CONTENT_TYPE_HEADER, MSGPACK_TYPE, Event, encode_event
 from features.oracle import oracle_state
+from features.redis_client import scan
 from features.row import encode_row
 from features.state import EMPTY_STATE, RECORD, Accepted, step
 from streams.kafka import make_producer
@@ -197,6 +198,6 @@ def assert_holds(store: StateStore, by_user: Mapping[int, Sequence[Accepted]]) -
         kept = {n: data for n, data in expected.chunks.items() if int(n) >= first}
         assert held == kept, f"chunks of user {user}"
         assert not first or kept, f"all chunks of user {user}"
-    held_rows = store.client.keys(f"moveline:*:g{store.generation}:row:*")
-    assert len(held_rows) == len(by_user)
+    held_rows = scan(store.client, f"moveline:*:g{store.generation}:row:*", count=1_000)
+    assert len(set(held_rows)) == len(by_user)
     return len(by_user)

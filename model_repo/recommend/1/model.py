@@ -157,11 +157,15 @@ def open_producer(instance: str) -> FeatureLogProducer | None:
     if not bootstrap or not logged_share():
         log.warning("no feature log: MOVELINE_KAFKA__BOOTSTRAP is not set, or the share is 0")
         return None
-    properties = msgspec.json.decode(
-        os.environ.get("MOVELINE_KAFKA__PROPERTIES", "{}"), type=dict[str, str]
-    )
+    text = os.environ.get("MOVELINE_KAFKA__PROPERTIES", "{}")
+    try:
+        properties = msgspec.json.decode(text, type=dict[str, str])
+    except msgspec.MsgspecError as error:
+        raise pb_utils.TritonModelException(
+            f"MOVELINE_KAFKA__PROPERTIES is not a JSON object of texts: {error}"
+        ) from error
     topics = Topics(os.environ.get("MOVELINE_KAFKA__PREFIX", DEFAULT_PREFIX))
-    return FeatureLogProducer(
+    producer = FeatureLogProducer(
         KafkaConfig(bootstrap, properties),
         topics.feature_log,
         on_delivered=counter("moveline_feature_log_records_total", "Answers logged.", instance),
@@ -169,6 +173,8 @@ def open_producer(instance: str) -> FeatureLogProducer | None:
             "moveline_feature_log_dropped_total", "Answers whose log was dropped.", instance
         ),
     )
+    producer.start()
+    return producer
 
 
 def counter(name: str, description: str, instance: str) -> Callable[[], None]:
