@@ -276,7 +276,7 @@ class Demo:
                     )
                 )
         after = recommender.recommend(
-            before.user_id, k=K, min_position=(newest.partition, newest.offset), deadline_s=10.0
+            before.user_id, k=K, min_position=newest.position, deadline_s=10.0
         )
         visible_ms = (time.perf_counter() - newest.acked_s) * 1000
         changed = [one.item_id for one in after.items] != [one.item_id for one in before.items]

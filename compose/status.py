@@ -16,8 +16,10 @@ from features.errors import FeatureError
 from features.redis import count_users
 from scoring.errors import ScoringError
 from scoring.triton import TritonServer
+from streams.chain import known_chain, refuse_other_count
 from streams.errors import StreamError
 from streams.kafka import committed, watermarks
+from streams.repartition import num_late
 from streams.worker import group_of
 
 if TYPE_CHECKING:
@@ -63,6 +65,8 @@ def _stack(settings: Settings, console: Console) -> None:
 
 def _topics(settings: Settings, console: Console) -> None:
     kafka, topics = kafka_of(settings)
+    chain = known_chain(kafka, topics)
+    topics = topics.at(chain.current)
     group = group_of(topics, settings.generation_number)
     done = committed(kafka, group, topics.events)
     table = Table(
@@ -79,6 +83,12 @@ def _topics(settings: Settings, console: Console) -> None:
             lag = str(high - done.get(partition, low)) if topic == topics.events else ""
             table.add_row(topic, str(partition), str(low), str(high), lag)
     console.print(table)
+    for retired, count in num_late(kafka, topics, chain).items():
+        late = (
+            f"[red]{count:,} not looked at: moveline repartition --late[/red]" if count else "none"
+        )
+        console.print(f"{retired} has ended, the log goes on in {topics.events}; since: {late}")
+    refuse_other_count(kafka, topics, chain)
 
 
 def _state(settings: Settings, console: Console) -> None:
@@ -106,7 +116,9 @@ def _models(settings: Settings, console: Console) -> None:
 
 def _event_log(settings: Settings, console: Console) -> None:
     _, topics = kafka_of(settings)
-    files = lake.list_files(settings.lake.path, topics.events)
+    root = settings.lake.path
+    names = lake.log_topics(root, topics.events)
+    files = [file for name in names for file in lake.list_files(root, name)]
     covered = sum(file.end - file.start + 1 for file in files)
     console.print(f"lake: {len(files)} files, {covered:,} offsets in {settings.lake.path}")
 

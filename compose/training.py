@@ -14,6 +14,7 @@ from compose.serving import flip
 from features import lake
 from features.clock import now_ms
 from features.errors import SchemaMismatchError
+from features.generations import start_field
 from features.redis import CatalogueStore, Trending, connect
 from features.schema import schema_hash
 from scoring.signature import K_MAX, RETRIEVAL_MODEL
@@ -81,8 +82,7 @@ def train_package(settings: Settings, request: TrainRequest) -> TrainResult:
     """
     started = time.monotonic()
     config = stores_of(settings)[0].config
-    _, topics = kafka_of(settings)
-    files = lake.list_files(settings.lake.path, topics.events)
+    window_from, window_to = _window(settings)
     log = EventLog.from_columns(_accepted_events(settings, config))
     trained = train_model(log, _train_config(request, config))
     ranker = model_ranker(trained.model, trained.source)
@@ -95,13 +95,28 @@ def train_package(settings: Settings, request: TrainRequest) -> TrainResult:
         Provenance(
             name=RETRIEVAL_MODEL,
             created_ms=created_ms,
-            window_from={str(f.partition): f.start for f in reversed(files)},
-            window_to={str(f.partition): f.end for f in files},
+            window_from=window_from,
+            window_to=window_to,
             feature_schema_hash=schema_hash(config),
             metrics=metrics,
         ),
     )
     return TrainResult(package, metrics, time.monotonic() - started)
+
+
+def _window(settings: Settings) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the first and the last offset of each partition in the lake."""
+    _, topics = kafka_of(settings)
+    root = settings.lake.path
+    files = [
+        (start_field(source, file.partition), file)
+        for source, name in enumerate(lake.log_topics(root, topics.events))
+        for file in lake.list_files(root, name)
+    ]
+    return (
+        {field: file.start for field, file in reversed(files)},
+        {field: file.end for field, file in files},
+    )
 
 
 def _accepted_events(settings: Settings, config: StateConfig) -> dict[str, lake.Column]:

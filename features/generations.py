@@ -38,7 +38,8 @@ class Built(msgspec.Struct, frozen=True, kw_only=True):
         to_ms: the append time it ends before; None: it is built up to the end.
         users: digest of the chosen users, None for everybody.
         num_users: how many were chosen.
-        starts: the first offset by partition (JSON has no integer keys).
+        starts: the first offset by "partition" of the log's first topic and "source:partition" of
+            those after it; see `start_of`.
         is_dropping: it is being deleted; what is left of it is not to be used.
     """
 
@@ -56,6 +57,10 @@ class Built(msgspec.Struct, frozen=True, kw_only=True):
         """Return whether it lacks users or their beginnings, so that it can never be live."""
         return self.users is not None or self.origin == "time"
 
+    def start_of(self, source: int, partition: int) -> int:
+        """Return the first offset of a partition; a topic that came later counts from its own."""
+        return self.starts.get(start_field(source, partition), 0)
+
     def asked_for(self) -> tuple[object, ...]:
         """Return what the operator chose, which decides what the state is."""
         return (self.topic, self.origin, self.from_ms, self.to_ms, self.users)
@@ -65,6 +70,15 @@ class Built(msgspec.Struct, frozen=True, kw_only=True):
         text = f"--from {self.origin if self.from_ms is None else self.from_ms}"
         text += "" if self.to_ms is None else f" --to {self.to_ms}"
         return text + ("" if self.users is None else f" --users ({self.num_users:,} users)")
+
+
+def start_field(source: int, partition: int) -> str:
+    """Return the name under which `Built.starts` holds a partition.
+
+    >>> start_field(0, 3), start_field(1, 3)
+    ('3', '1:3')
+    """
+    return f"{source}:{partition}" if source else str(partition)
 
 
 @dataclass(frozen=True)

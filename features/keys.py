@@ -79,6 +79,30 @@ def row_format_key(generation: int) -> str:
     return f"{generation_key(generation)}:row-format"
 
 
+# Kafka itself gets slow long before so many partitions in a topic.
+_PARTITIONS_PER_TOPIC: Final = 65_536
+
+
+def log_partition(source: int, partition: int) -> int:
+    """Return the number of a partition among those of all topics that the event log has had.
+
+    What a request's `min_position` names: the events topic may be followed by another.
+
+    >>> log_partition(0, 3), log_partition(2, 3)
+    (3, 131075)
+    """
+    return source * _PARTITIONS_PER_TOPIC + partition
+
+
+def split_log_partition(number: int) -> tuple[int, int]:
+    """Return which topic of the event log, and its partition.
+
+    >>> split_log_partition(131075)
+    (2, 3)
+    """
+    return divmod(number, _PARTITIONS_PER_TOPIC)
+
+
 POINTERS_KEY: Final = f"{PREFIX}:pointers"
 ITEMS_READ_KEY: Final = f"{PREFIX}:items-read"
 DOMAINS_KEY: Final = f"{PREFIX}:domains"

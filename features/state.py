@@ -241,7 +241,9 @@ class _Work:
         position = event.position
         last = self.position
         if position.partition != last.partition or position.source != last.source:
-            _refuse_moved(last, position)
+            if not _follows(last, position):
+                self.num_skipped += 1
+                return
         elif position.offset <= last.offset:
             self.num_skipped += 1
             return
@@ -345,15 +347,23 @@ def _time_of_last(tail: bytes) -> int:
     return _TIME_AT.unpack_from(tail, len(tail) - RECORD_BYTES)[0] if tail else _NO_TIME
 
 
-def _refuse_moved(last: Position, new: Position) -> None:
-    """Raise unless the user has no event yet: only then may its partition be any."""
-    if last.partition >= 0:
+def _follows(last: Position, new: Position) -> bool:
+    """Return whether a topic or a user's first event comes next; False: it is passed already.
+
+    Raises:
+        PartitionMovedError: another partition of the same topic.
+    """
+    if last.partition < 0 or new.source > last.source:
+        # A topic is retired before the next one takes events, so all before is applied.
+        return True
+    if new.source == last.source:
         raise PartitionMovedError(
             f"the user's last event was applied from partition {last.partition} "
-            f"(source {last.source}), this one comes from partition {new.partition} "
-            f"(source {new.source}): the topic's partition count changed. "
-            "Restore the count, or replay into a new generation."
+            f"(source {last.source}), this one comes from partition {new.partition}: the topic's "
+            "partition count changed, or a producer uses another partitioner. "
+            "See moveline repartition --help."
         )
+    return False
 
 
 def _contains(window: bytearray, packed_hash: bytes, window_bytes: int) -> bool:

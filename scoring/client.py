@@ -217,7 +217,7 @@ class Recommender:
         Args:
             user_ids: up to USERS_MAX; a string id is hashed as the producer hashes it.
             k: items per user, up to K_MAX.
-            min_position: (partition, offset) of an event, as the producer's send returned it:
+            min_position: `Delivery.position` of an event, as the producer's send returned it:
                 the answer waits until the state has seen it, or says POSITION_NOT_REACHED.
             exclude_seen: leave out items in the user's recent and mid-term streams.
             deadline_s: for the whole call, waiting for a free slot included.

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from features.errors import FeatureError
+from features.keys import split_log_partition
 from features.view import StreamBatch, batch_streams
 from scoring.signature import NO_ITEM, WAIT_MS_MAX, Degraded
 
@@ -156,10 +157,13 @@ def _read_when_reached(drafts: list[_Draft], live: Live, snapshot: Snapshot) -> 
 def _reached(ask: Ask, state: UserState | None) -> bool:
     if ask.min_partition < 0:
         return True
-    return (
-        state is not None
-        and state.position.partition == ask.min_partition
-        and state.position.offset >= ask.min_offset
+    if state is None:
+        return False
+    source, partition = split_log_partition(ask.min_partition)
+    at = state.position
+    # All of a topic is applied before anything of the next one.
+    return at.source > source or (
+        (at.source, at.partition) == (source, partition) and at.offset >= ask.min_offset
     )
 
 

@@ -105,11 +105,13 @@ class NearlineApp(faust.App):
         Faust's own timers wait until the group has given the app its partitions; this does not.
         """
         while not self.should_stop:
-            due = hints_of_tick(self.tick, self.opened().partitions)
+            widths = self.opened().widths
+            due = hints_of_tick(self.tick, widths.tiles)
             self.tick += 1
             if self.producer.started:
                 for hint in due:
-                    await self.hints.send(partition=hint.partition, value=encode_hint(hint))
+                    partition = hint.partition % widths.hints
+                    await self.hints.send(partition=partition, value=encode_hint(hint))
             if time.monotonic() - self.heard_at > ALONE_S:
                 for hint in due:
                     self.opened().metrics.alone.labels(hint.work).inc()

@@ -18,17 +18,16 @@ from features.keys import bucket_of
 from features.oracle import OracleState, oracle_state
 from features.row import decode_row
 from features.state import RECORD, Accepted
-from streams.compare import SHOWN_MAX, Held, read_held
+from streams.compare import SHOWN_MAX, Held, read_applied, read_held
 from streams.event_log import num_missing, some_buckets
-from streams.kafka import end_offsets
 from streams.progress import progress_bar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from features.generations import Built
     from features.redis import StateStore
-    from features.state import UserState
+    from features.state import Position, UserState
     from streams.event_log import EventLog, Keep
 
 _FIELDS: Final = ("item_id", "event_time_ms", "domain", "event_hash", "dwell_ms", "action")
@@ -53,7 +52,12 @@ class AuditReport:
 
 
 def audit(
-    events: EventLog, store: StateStore, built: Built | None, *, num_users: int, shown: bool = False
+    logs: Sequence[EventLog],
+    store: StateStore,
+    built: Built | None,
+    *,
+    num_users: int,
+    shown: bool = False,
 ) -> AuditReport:
     """Return how a sample of a generation's users compares with the oracle over the log.
 
@@ -61,7 +65,7 @@ def audit(
     generation may move on meanwhile.
 
     Args:
-        events: the log from the generation's first offset on, in lake and Kafka.
+        logs: the log's topics from the generation's first offset on, in lake and Kafka.
         store: the generation.
         built: how a replay built it; None: by workers, from the first offset.
         num_users: about how many users.
@@ -72,15 +76,18 @@ def audit(
     """
     total = Generations(store.client).count_users()[store.generation]
     keep = some_buckets(1.0 if total <= num_users else num_users / total)
-    ends = end_offsets(events.kafka, events.topic)
+    ends = [events.end_offsets() for events in logs]
     # Before the rows: every event before these must be in them.
-    applied = store.read_checkpoints(0, list(ends))
+    spans = list(zip(logs, ends, strict=True))
+    applied = read_applied(store, {events.source: of for events, of in spans})
     held_users = Generations(store.client).users(store.generation, keep)
     if built is not None and built.users is not None:
         # Who else was chosen, only the replay knew.
         keep = frozenset(held_users).__contains__
-    starts = {p: 0 if built is None else built.starts[str(p)] for p in ends}
-    by_user = _read(events, store, (starts, ends), keep, shown=shown)
+    by_user: dict[int, list[Accepted]] = defaultdict(list)
+    for events, of in spans:
+        starts = {p: 0 if built is None else built.start_of(events.source, p) for p in of}
+        _read(by_user, events, store, (starts, of), keep, shown=shown)
     users = sorted({*held_users, *by_user})
     held = read_held(store, users)
     report = AuditReport()
@@ -99,15 +106,15 @@ def audit(
 
 
 def _read(
+    by_user: dict[int, list[Accepted]],
     events: EventLog,
     store: StateStore,
     span: tuple[dict[int, int], Mapping[int, int]],
     keep: Keep,
     *,
     shown: bool,
-) -> dict[int, list[Accepted]]:
+) -> None:
     positions, ends = span
-    by_user: dict[int, list[Accepted]] = defaultdict(list)
     left = num_missing(positions, ends)
     batches = events.batches(positions, ends, store.config, keep=keep)
     with progress_bar("log", total=left, shown=shown) as advance, closing(batches):
@@ -117,24 +124,28 @@ def _read(
             now = num_missing({**positions, **batch.ends}, ends)
             advance(left - now)
             left = now
-    return by_user
 
 
 def _before(
     user: int,
     events: Iterable[Accepted],
     held: Held | None,
-    applied: Mapping[int, list[int]],
+    applied: Mapping[tuple[int, int], list[int]],
 ) -> list[Accepted]:
     """Return the events the row must hold: those applied, and those up to its own position."""
-    position = None if held is None else decode_row(held.row).position
+    row_at = (-1, -1) if held is None else _order_of(decode_row(held.row).position)
     bucket = bucket_of(user)
     return [
         event
         for event in events
-        if event.position.offset < applied[event.position.partition][bucket]
-        or (position is not None and event.position.offset <= position.offset)
+        for at in [event.position]
+        if at.offset < applied[at.source, at.partition][bucket] or _order_of(at) <= row_at
     ]
+
+
+def _order_of(position: Position) -> tuple[int, int]:
+    """Return where an event stands among all of its user, who has one partition in each topic."""
+    return position.source, position.offset
 
 
 def _difference(events: list[Accepted], held: Held | None, store: StateStore) -> str | None:

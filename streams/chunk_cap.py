@@ -152,7 +152,7 @@ def keep_to_cap(
 
 @dataclass(frozen=True)
 class LakeEnds:
-    """How far the lake has a topic, asked of its folder's file names."""
+    """How far the lake has the log, asked of its folders' file names; `topic` is the first one."""
 
     root: Path
     topic: str
@@ -160,15 +160,20 @@ class LakeEnds:
     def __call__(self, source: int, partition: int) -> int:
         """Return the offset before which every event is in the lake; 0 if the first ones are not.
 
-        Events of another source than the first are in another topic, of which nothing is known
-        here: nothing is dropped then.
+        The lake has a topic whole before it begins with the next one (streams/lake_chain.py).
         """
-        if source != 0:
-            return 0
         try:
-            files = lake.list_partition(self.root, self.topic, partition)
+            names = lake.log_topics(self.root, self.topic)
+            if source >= len(names) or not all(map(self._has_beginning, names[:source])):
+                return 0
+            files = lake.list_partition(self.root, names[source], partition)
         except (LakeError, OSError) as error:
             log.warning("chunks stay in Redis: %s", error)
             return 0
         # A lake that begins later may lack the beginning of a user's chunks.
         return files[-1].end + 1 if files and files[0].start == 0 else 0
+
+    def _has_beginning(self, name: str) -> bool:
+        files = lake.list_files(self.root, name)
+        first = {file.partition: file.start for file in reversed(files)}
+        return not any(first.values())

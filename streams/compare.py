@@ -19,7 +19,7 @@ from features.redis import WRITTEN
 from features.row import FORGET, FORMATS, ROW_FORMAT, RowFormat, decode_row
 from features.state import EMPTY_STATE, UserState, rebuild_window
 from streams.event_log import num_missing
-from streams.processor import Processor
+from streams.processor import Processor, States
 from streams.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from streams.replay import ReplayRequest
 
 _Rules = tuple["StateConfig", "StateConfig"]
-# By side, up to where each bucket of a partition is applied.
-_Applied = tuple["Mapping[int, list[int]]", "Mapping[int, list[int]]"]
+# Up to where each bucket of a topic's partition, (source, partition), is applied; and by side.
+Applied = dict[tuple[int, int], list[int]]
+_Applied = tuple[Applied, Applied]
 
 # Differing users that are shown; the others are counted.
 SHOWN_MAX: Final = 10
@@ -214,6 +215,20 @@ def _differing_chunks(ours: Held, theirs: Held) -> str | None:
     return f"chunks {sorted(wrong)[:5]}" if wrong else None
 
 
+def read_applied(states: States, partitions: Mapping[int, Iterable[int]]) -> Applied:
+    """Return up to where each bucket is applied, by (source, partition).
+
+    Args:
+        states: the generation.
+        partitions: by topic of the log (its source), the partitions.
+    """
+    return {
+        (source, partition): offsets
+        for source, of_topic in partitions.items()
+        for partition, offsets in states.read_checkpoints(source, list(of_topic)).items()
+    }
+
+
 def read_held(store: StateStore, user_ids: Sequence[int]) -> dict[int, Held]:
     """Return what a generation has of these users; a user unknown to it is left out.
 
@@ -233,12 +248,21 @@ def read_held(store: StateStore, user_ids: Sequence[int]) -> dict[int, Held]:
 
 
 def compare_generations(
-    ours: StateStore, theirs: StateStore, keep: Keep, partitions: Sequence[int]
+    ours: StateStore,
+    theirs: StateStore,
+    keep: Keep,
+    partitions: Mapping[int, Iterable[int]],
 ) -> Comparison:
     """Return how the kept users of two generations compare.
 
     A user of whom one generation has applied what the other has not yet is looked at again, and
     counted as moving if that does not change.
+
+    Args:
+        ours: one of them.
+        theirs: the other.
+        keep: the users to compare.
+        partitions: by topic of the log (its source), the partitions.
     """
     result = Comparison(same_rules=ours.config == theirs.config)
     listed = Generations(ours.client).users
@@ -246,8 +270,8 @@ def compare_generations(
     for attempt in range(ROUNDS_MAX):
         # Before the rows: what is applied afterwards only makes a user be looked at again.
         applied = (
-            ours.read_checkpoints(0, partitions),
-            theirs.read_checkpoints(0, partitions),
+            read_applied(ours, partitions),
+            read_applied(theirs, partitions),
         )
         held = read_held(ours, left), read_held(theirs, left)
         left = result.add_settled(left, held, applied, (ours.config, theirs.config))
@@ -260,7 +284,7 @@ def compare_generations(
 
 
 def dry_run(
-    events: EventLog,
+    logs: Sequence[EventLog],
     request: ReplayRequest,
     config: StateConfig,
     live: StateStore,
@@ -276,23 +300,19 @@ def dry_run(
     events after it count as moving.
     """
     states = MemoryStates(config)
-    processor = Processor(states, config)
-    positions = request.starts(events)
-    processor.assign(list(positions))
+    topics = [_TopicBuild(states, events, request.starts(events)) for events in logs]
     result = Comparison(same_rules=config == live.config)
     left: list[int] | None = None
     for _ in range(1 if request.to_ms is not None else ROUNDS_MAX):
-        ends = request.ends(events)
-        for batch in _shown(events, positions, ends, config, keep=keep, shown=shown):
-            processor.apply(batch)
-            result.dead_letters.update(letter.reason.value for letter in batch.dead_letters)
-            if stop.is_set():
-                return result
+        ends = {one.events.source: request.ends(one.events) for one in topics}
+        for one in topics:
+            for batch in one.advance(ends[one.events.source], keep, shown=shown):
+                result.dead_letters.update(letter.reason.value for letter in batch.dead_letters)
+                if stop.is_set():
+                    return result
         _await_live(live, ends, stop)
-        applied = (
-            {partition: [end] * NUM_BUCKETS for partition, end in ends.items()},
-            live.read_checkpoints(0, list(ends)),
-        )
+        ours = {(s, p): [end] * NUM_BUCKETS for s, of in ends.items() for p, end in of.items()}
+        applied = ours, read_applied(live, ends)
         if left is None:
             known = Generations(live.client).users(live.generation, keep)
             left = sorted({*known, *states.rows})
@@ -304,35 +324,54 @@ def dry_run(
     return result
 
 
-def _shown(
-    events: EventLog,
-    positions: dict[int, int],
-    ends: Mapping[int, int],
-    config: StateConfig,
-    *,
-    keep: Keep,
-    shown: bool,
-) -> Iterator[MicroBatch]:
-    """Yield the micro-batches of the log, with a progress bar over their offsets."""
-    left = num_missing(positions, ends)
-    batches = events.batches(positions, ends, config, keep=keep)
-    with (
-        progress_bar("read the log", total=left, shown=shown and left > 0) as advance,
-        closing(batches),
-    ):
-        for batch in batches:
-            yield batch
-            now = num_missing({**positions, **batch.ends}, ends)
-            advance(left - now)
-            left = now
+@dataclass
+class _TopicBuild:
+    """One topic of the log, applied to a sample as far as `positions`."""
+
+    states: MemoryStates
+    events: EventLog
+    positions: dict[int, int]
+    processor: Processor = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Nothing is applied yet."""
+        self.processor = Processor(self.states, self.states.config, source=self.events.source)
+        self.processor.assign(list(self.positions))
+
+    def advance(self, ends: Mapping[int, int], keep: Keep, *, shown: bool) -> Iterator[MicroBatch]:
+        """Apply everything before `ends`, with a progress bar over the offsets."""
+        left = num_missing(self.positions, ends)
+        # What another topic's build has written since.
+        self.processor.cache.clear()
+        batches = self.events.batches(self.positions, ends, self.states.config, keep=keep)
+        with (
+            progress_bar("read the log", total=left, shown=shown and left > 0) as advance,
+            closing(batches),
+        ):
+            for batch in batches:
+                self.processor.apply(batch)
+                yield batch
+                now = num_missing({**self.positions, **batch.ends}, ends)
+                advance(left - now)
+                left = now
 
 
-def _await_live(live: StateStore, ends: Mapping[int, int], stop: StopEvent) -> None:
-    """Return once the live generation has applied everything before `ends`, or after a while."""
+def _await_live(live: StateStore, ends: Mapping[int, Mapping[int, int]], stop: StopEvent) -> None:
+    """Return once the live generation has applied everything before `ends`, or after a while.
+
+    Args:
+        live: the generation.
+        ends: by topic of the log (its source) and partition.
+        stop: ends the waiting.
+    """
     deadline = time.monotonic() + _LIVE_WAIT_S
     while time.monotonic() < deadline and not stop.is_set():
-        checkpoints = live.read_checkpoints(0, list(ends))
-        if all(max(0, min(checkpoints[p])) >= end for p, end in ends.items()):
+        applied = read_applied(live, ends)
+        if all(
+            max(0, min(applied[source, p])) >= end
+            for source, of in ends.items()
+            for p, end in of.items()
+        ):
             return
         stop.wait(_POLL_S)
 
@@ -341,15 +380,15 @@ def _is_apart(user: int, mine: Held | None, other: Held | None, applied: _Applie
     return _lacks(user, mine, other, applied[0]) or _lacks(user, other, mine, applied[1])
 
 
-def _lacks(
-    user: int, behind: Held | None, ahead: Held | None, applied: Mapping[int, list[int]]
-) -> bool:
+def _lacks(user: int, behind: Held | None, ahead: Held | None, applied: Applied) -> bool:
     """Return whether `ahead` holds an event that was not looked at yet on the other side."""
     if ahead is None:
         return False
     position = decode_row(ahead.row).position
-    if behind is not None and decode_row(behind.row).position.offset >= position.offset:
-        return False
-    return position.partition not in applied or (
-        applied[position.partition][bucket_of(user)] <= position.offset
-    )
+    if behind is not None:
+        other = decode_row(behind.row).position
+        # One partition a topic, so these two order the user's events.
+        if (other.source, other.offset) >= (position.source, position.offset):
+            return False
+    place = position.source, position.partition
+    return place not in applied or applied[place][bucket_of(user)] <= position.offset

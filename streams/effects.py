@@ -19,7 +19,7 @@ from streams.metrics import WorkerMetrics
 from streams.micro_batch import sort_records
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from streams.micro_batch import DeadLetter, MicroBatch, Record
     from streams.processor import Processor, Report
@@ -51,6 +51,7 @@ class Effects:
         dead_from: by partition, the offset from which dead letters are to be sent: those before
             it were acknowledged before Kafka was told so, and are not sent twice.
         domains: hashes whose text is in Redis.
+        seals: by partition, the offset of the record that ends it, once it was met.
     """
 
     processor: Processor
@@ -59,13 +60,16 @@ class Effects:
     metrics: WorkerMetrics = field(default_factory=WorkerMetrics)
     dead_from: dict[int, int] = field(default_factory=dict)
     domains: set[int] = field(default_factory=set)
+    seals: dict[int, int] = field(default_factory=dict)
     clock: Callable[[], int] = now_ms
 
-    def apply(self, records: Iterable[Record]) -> Report:
+    def apply(self, records: Sequence[Record]) -> Report:
         """Return once effects 1 to 3 of these records have happened; raises as they do."""
-        batch = sort_records(records, self.processor.config)
-        self._send_dead_letters(batch)
-        return self.apply_batch(batch)
+        batch = sort_records(records, self.processor.config, self.processor.source)
+        self.send_dead_letters(batch)
+        report = self.apply_batch(batch)
+        self.seals |= batch.seals
+        return report
 
     def apply_batch(self, batch: MicroBatch) -> Report:
         """Effects 2 and 3 of a micro-batch that is sorted already."""
@@ -83,7 +87,8 @@ class Effects:
         """Write everything again that Redis may have lost."""
         self.domains.clear()
 
-    def _send_dead_letters(self, batch: MicroBatch) -> None:
+    def send_dead_letters(self, batch: MicroBatch) -> None:
+        """Effect 1 of a micro-batch that is sorted already."""
         letters = [
             letter
             for letter in batch.dead_letters

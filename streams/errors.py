@@ -180,3 +180,44 @@ class HistoryGoneError(StreamError):
 
 class NearlineConfigError(StreamError, ValueError):
     """A variable of the near-line app is missing, out of range, or not supported by it."""
+
+
+class PartitionsChangedError(StreamError):
+    """The events topic has another number of partitions than what the states were built from."""
+
+    def __init__(self, topic: str, *, recorded: int, found: int, wanted: int) -> None:
+        super().__init__(
+            f"Topic {topic!r} has {found} partitions, the states were built from {recorded}: users "
+            "lie elsewhere now, and their order would be lost. Nothing was applied or committed "
+            f"out of order; go on with: moveline repartition --partitions {wanted}"
+        )
+        self.topic = topic
+        self.recorded = recorded
+        self.found = found
+
+
+class MisplacedEventError(StreamError):
+    """An event lies in a partition where its key does not belong."""
+
+    def __init__(self, topic: str, what: object) -> None:
+        super().__init__(
+            f"An event of {topic} lies where its key does not belong: {what}. Stop the producer "
+            "that uses another partitioner than murmur2, then move what it has sent: "
+            "moveline repartition --partitions N, with another N than now."
+        )
+
+
+class RepartitionUnfinishedError(StreamError):
+    """A repartition was begun and has not ended: the log's end is not settled."""
+
+    retriable = True
+
+    def __init__(self, topic: str, *, next_partitions: int) -> None:
+        super().__init__(
+            f"{topic!r} is being repartitioned. End that first: moveline repartition --partitions "
+            f"{next_partitions}"
+        )
+
+
+class RepartitionError(StreamError, ValueError):
+    """What was asked of `moveline repartition` contradicts what another run has begun."""

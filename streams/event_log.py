@@ -1,4 +1,4 @@
-"""The event log from any offset to any other, as micro-batches: the lake first, then Kafka.
+"""A topic of the event log from any offset to any other, as micro-batches: lake first, then Kafka.
 
 Whoever reads with it joins no group and commits nothing, so that no live group can notice
 (streams/log_reader.py).
@@ -9,15 +9,22 @@ from __future__ import annotations
 import logging
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from features.keys import NUM_BUCKETS, bucket_of
 from features.lake import LakeFile, list_partition, read_file
-from streams.errors import LogHoleError, LogTruncatedError, OffsetGoneError
-from streams.kafka import offsets_for_time, watermarks
+from streams.errors import (
+    LogHoleError,
+    LogTruncatedError,
+    MisplacedEventError,
+    OffsetGoneError,
+    TopicMissingError,
+)
+from streams.kafka import end_offsets, offsets_for_time, watermarks
 from streams.lake_fill import lake_batches
 from streams.log_reader import LogReader
 from streams.micro_batch import MicroBatch, sort_records
+from streams.placement import drop_misplaced
 from streams.worker import to_record
 
 if TYPE_CHECKING:
@@ -25,10 +32,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from features.config import StateConfig
+    from streams.chain import Chain
     from streams.kafka import KafkaConfig
     from streams.micro_batch import Record
+    from streams.topics import Topics
 
     Keep = Callable[[int], bool]
+
+_Of = TypeVar("_Of")
 
 log = logging.getLogger("moveline.replay")
 
@@ -44,12 +55,41 @@ class EventLog:
     Attributes:
         lake: folder of the lake, None where there is none.
         prefer_lake: take from the lake whatever it has; otherwise only what Kafka has no more.
+        source: which topic of the log's chain it is.
+        num_partitions: over which its keys are distributed: what lies elsewhere does not count.
+            None: all it has, whatever lies where.
+        ends: where it ended, by partition, if it is retired; it may be gone from Kafka then.
     """
 
     kafka: KafkaConfig
     topic: str
     lake: Path | None = None
     prefer_lake: bool = False
+    source: int = 0
+    num_partitions: int | None = None
+    ends: Mapping[int, int] | None = None
+
+    def end_offsets(self) -> dict[int, int]:
+        """Return the offset after the last event by partition, as of now."""
+        if self.ends is not None:
+            return dict(self.ends)
+        return self._counted(end_offsets(self.kafka, self.topic))
+
+    def bounds(self) -> dict[int, tuple[int, int]]:
+        """Return each partition's oldest offset in Kafka and the one after its last event."""
+        try:
+            bounds = self._counted(watermarks(self.kafka, self.topic))
+        except TopicMissingError:
+            if self.ends is None:
+                raise
+            return {partition: (end, end) for partition, end in self.ends.items()}
+        if self.ends is None:
+            return bounds
+        return {p: (min(low, self.ends[p]), self.ends[p]) for p, (low, _) in bounds.items()}
+
+    def _counted(self, of_partition: Mapping[int, _Of]) -> dict[int, _Of]:
+        num = self.num_partitions
+        return {p: of for p, of in of_partition.items() if num is None or p < num}
 
     def batches(
         self,
@@ -73,25 +113,30 @@ class EventLog:
         Raises:
             LogHoleError: offsets that neither Kafka nor the lake has.
             LogTruncatedError: the lake goes further than Kafka: this is another log.
+            MisplacedEventError: an event that was not moved yet to where its key belongs.
             BrokerUnavailableError: Kafka went silent.
         """
         while num_missing(positions, ends):
             for batch in self._from_lake(positions, ends, config):
                 if keep is not None:
                     batch.by_user = {u: e for u, e in batch.by_user.items() if keep(u)}
-                yield batch
+                yield self._placed(batch)
                 positions.update(batch.ends)
             # Ends early when retention overtakes it: then the lake has what Kafka dropped.
             yield from self._from_kafka(positions, ends, config, keep=keep, batch_max=batch_max)
 
     def starts_at(self, time_ms: int) -> dict[int, int]:
         """Return each partition's first offset appended at or after `time_ms`, lake included."""
-        bounds = watermarks(self.kafka, self.topic)
-        found = offsets_for_time(self.kafka, self.topic, time_ms)
+        bounds = self.bounds()
+        try:
+            found = offsets_for_time(self.kafka, self.topic, time_ms)
+        except TopicMissingError:
+            # Retired and deleted (`bounds` has seen to that): only the lake can tell.
+            found = {}
         return {
-            partition: self._lake_start(partition, time_ms, low) if found[partition] <= low else at
-            for partition, (low, _) in bounds.items()
-            for at in [found[partition]]
+            partition: self._lake_start(partition, time_ms, low) if at <= low else min(at, high)
+            for partition, (low, high) in bounds.items()
+            for at in [found.get(partition, low)]
         }
 
     def _lake_start(self, partition: int, time_ms: int, low: int) -> int:
@@ -111,7 +156,7 @@ class EventLog:
     def _from_lake(
         self, positions: dict[int, int], ends: Mapping[int, int], config: StateConfig
     ) -> Iterator[MicroBatch]:
-        bounds = watermarks(self.kafka, self.topic)
+        bounds = self.bounds()
         for partition, start in sorted(positions.items()):
             low, high = bounds[partition]
             if ends[partition] > high:
@@ -122,7 +167,8 @@ class EventLog:
             if start < min(low, ends[partition]) and covered < min(low, ends[partition]):
                 raise LogHoleError(self.topic, partition, lake_end=covered, low=low)
             stop = covered if self.prefer_lake else low
-            yield from lake_batches(files, start, min(stop, ends[partition]), config)
+            stop_here = min(stop, ends[partition])
+            yield from lake_batches(files, start, stop_here, config, self.source)
             positions[partition] = max(start, min(stop, covered, ends[partition]))
 
     def _files(self, partition: int, high: int) -> list[LakeFile]:
@@ -154,12 +200,61 @@ class EventLog:
                 for stretch in read:
                     if stretch.ends:
                         records = [to_record(message) for message in stretch.messages]
-                        yield _to_batch(records, stretch.ends, config, keep)
+                        batch = self._to_batch(records, stretch.ends, config, keep)
+                        yield self._placed(batch)
                         positions.update(stretch.ends)
         except OffsetGoneError as error:
             log.info("%s", error)
         finally:
             reader.close()
+
+    def _to_batch(
+        self,
+        records: list[Record],
+        moved: dict[int, int],
+        config: StateConfig,
+        keep: Keep | None,
+    ) -> MicroBatch:
+        mine = records if keep is None else [r for r in records if _is_kept(r.key, keep)]
+        batch = sort_records(mine, config, self.source)
+        batch.num_records = len(records)
+        batch.ends = moved
+        return batch
+
+    def _placed(self, batch: MicroBatch) -> MicroBatch:
+        """Return the batch without what does not count; in the newest topic nothing may be so.
+
+        There it was not moved yet: a generation that passed over it would hide it.
+        """
+        if self.num_partitions is not None:
+            num_dropped = drop_misplaced(batch, self.num_partitions)
+            if num_dropped and self.ends is None:
+                what = f"{num_dropped} events before offsets {batch.ends} by partition"
+                raise MisplacedEventError(self.topic, what)
+        return batch
+
+
+def logs_of(
+    kafka: KafkaConfig,
+    topics: Topics,
+    chain: Chain,
+    *,
+    lake: Path | None = None,
+    prefer_lake: bool = False,
+) -> list[EventLog]:
+    """Return the topics of a log in the order in which a user's events lie in them."""
+    return [
+        EventLog(
+            kafka=kafka,
+            topic=topics.at(number).events,
+            lake=lake,
+            prefer_lake=prefer_lake,
+            source=number,
+            num_partitions=source.num_partitions,
+            ends=None if source.ends is None else source.end_offsets,
+        )
+        for number, source in enumerate(chain.sources)
+    ]
 
 
 def num_missing(positions: Mapping[int, int], ends: Mapping[int, int]) -> int:
@@ -171,16 +266,6 @@ def some_buckets(share: float) -> Keep:
     """Return what keeps about this share of all users, whole buckets, the same ones every time."""
     num_buckets = max(1, min(NUM_BUCKETS, round(share * NUM_BUCKETS)))
     return lambda user: bucket_of(user) < num_buckets
-
-
-def _to_batch(
-    records: list[Record], moved: dict[int, int], config: StateConfig, keep: Keep | None
-) -> MicroBatch:
-    mine = records if keep is None else [r for r in records if _is_kept(r.key, keep)]
-    batch = sort_records(mine, config)
-    batch.num_records = len(records)
-    batch.ends = moved
-    return batch
 
 
 def _is_kept(key: bytes | None, keep: Keep) -> bool:

@@ -33,6 +33,7 @@ from features.forget import (
 from features.generations import Generations
 from features.lake_forget import count_earlier, forget_user
 from features.lake_revisions import KEPT_MS, Place, find_user, remove_old_revisions
+from streams.chain import known_chain
 from streams.errors import DeliveryError, ForgetError
 from streams.kafka import make_producer, topic_settings, watermarks
 from streams.topics import RETENTION_MS
@@ -104,6 +105,7 @@ class Forgetting:
                 to the forget in time. Running it again goes on.
             StreamError, FeatureError: Kafka, Redis or the lake refused.
         """
+        self._refuse_several_topics()
         followed = self._followed(user_id)
         done = Forgotten(user_id, *self._send(user_id))
         self._await_states(done, followed)
@@ -112,6 +114,15 @@ class Forgetting:
         self._rewrite_lake(done)
         self._list_remains(done)
         return done
+
+    def _refuse_several_topics(self) -> None:
+        chain = known_chain(self.here.kafka, self.here.topics)
+        if chain.retired or chain.newest.sealing is not None:
+            raise ForgetError(
+                f"the event log has gone on in {self.here.topics.at(chain.current).events}, or is "
+                "about to, and a user cannot be forgotten over several topics yet. Nothing was "
+                "changed."
+            )
 
     def _followed(self, user_id: int) -> list[int]:
         """Return the generations that will come to the forget; raise if another has the user."""

@@ -10,6 +10,7 @@ from features.errors import GenerationError
 from features.generations import Generations
 from features.redis import CatalogueStore, Pointers, StateStore
 from features.schema import schema_hash
+from streams.chain import known_chain
 from streams.control import (
     Promotion,
     read_pointers,
@@ -17,16 +18,19 @@ from streams.control import (
     write_pointers,
     write_promotion,
 )
-from streams.kafka import end_offsets, group_is_active
+from streams.event_log import logs_of
+from streams.kafka import group_is_active
 from streams.progress import progress_bar
 from streams.worker import group_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from features.config import StateConfig
     from features.generations import Built
     from features.redis_client import RedisClient
+    from streams.event_log import EventLog
     from streams.kafka import KafkaConfig
     from streams.topics import Topics
 
@@ -95,16 +99,30 @@ class Installation:
                 lag=self.lag(StateStore(self.client, number, config)),
                 built=generations.built(number),
                 is_live=number == live,
-                is_followed=group_is_active(self.kafka, group_of(self.topics, number)),
+                is_followed=self.is_followed(number),
             )
             for number, config in generations.recorded().items()
         ]
 
     def lag(self, store: StateStore) -> int:
         """Return how many records of the log are not applied to every bucket."""
-        ends = end_offsets(self.kafka, self.topics.events)
-        applied = store.read_checkpoints(0, list(ends))
-        return sum(max(0, end - max(0, min(applied[p]))) for p, end in ends.items())
+        lag = 0
+        for events in self.logs():
+            ends = events.end_offsets()
+            applied = store.read_checkpoints(events.source, list(ends))
+            lag += sum(max(0, end - max(0, min(applied[p]))) for p, end in ends.items())
+        return lag
+
+    def logs(self, *, lake: Path | None = None, prefer_lake: bool = False) -> Sequence[EventLog]:
+        """Return the topics of the event log, in order."""
+        chain = known_chain(self.kafka, self.topics)
+        return logs_of(self.kafka, self.topics, chain, lake=lake, prefer_lake=prefer_lake)
+
+    def is_followed(self, generation: int) -> bool:
+        """Return whether a worker keeps a generation, whichever topic of the log it is at."""
+        chain = known_chain(self.kafka, self.topics)
+        groups = [group_of(self.topics.at(n), generation) for n in range(len(chain.sources))]
+        return any(group_is_active(self.kafka, group) for group in groups)
 
     def promote(
         self,
@@ -186,7 +204,7 @@ class Installation:
             raise GenerationError(
                 f"{name} is live: promote another first: moveline promote g2, or moveline demote"
             )
-        if group_is_active(self.kafka, group_of(self.topics, generation)):
+        if self.is_followed(generation):
             raise GenerationError(
                 f"a worker of {name} runs (group {group_of(self.topics, generation)}) and would "
                 "build it again: stop it, then drop."

@@ -18,6 +18,7 @@ from streams.errors import (
     BrokerUnavailableError,
     LogHoleError,
     LogTruncatedError,
+    PartitionsChangedError,
     TopicMissingError,
 )
 from streams.kafka import (
@@ -26,14 +27,17 @@ from streams.kafka import (
     is_end_of_partition,
     is_offset_gone,
     make_consumer,
+    topic_width,
     watermarks,
 )
 from streams.lake_file import LakeRow, Partition, remove_pending
 from streams.micro_batch import is_msgpack
+from streams.placement import partitions_of
 from streams.progress import progress_bar
+from streams.seal import is_seal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from streams.kafka import Consumer, KafkaConfig, KafkaError, Message
@@ -45,10 +49,14 @@ _LOG: Final = logging.getLogger("moveline.lake")
 FLUSH_S: Final = 10.0
 # Events in memory over all partitions, about 0.5 kB each. At the limit all of them are written.
 BUFFERED_ROWS_MAX: Final = 262_144
+# Among the reasons for which a record is left out: `moveline repartition` moves it.
+_MISPLACED: Final = "misplaced"
 _CONSUME_MESSAGES: Final = 5_000
 _CONSUME_S: Final = 0.2
 # With `until_end`: a broker that delivers nothing for so long while more is there has gone.
 STALL_S: Final = 30.0
+# How often the sink looks whether somebody has given the topic other partitions.
+WIDTH_INTERVAL_S: Final = 5.0
 
 
 class Stop(Protocol):
@@ -76,6 +84,7 @@ class LakeReport:
         invalid: likewise, by reason.
         num_flushes: how often memory was written out.
         ends: the offset the lake goes on at, by partition.
+        is_sealed: whether the topic has ended in every partition: the log goes on in another.
     """
 
     num_rows: int = 0
@@ -84,6 +93,12 @@ class LakeReport:
     num_flushes: int = 0
     seconds: float = 0.0
     ends: dict[int, int] = field(default_factory=dict)
+    is_sealed: bool = False
+
+    def count_invalid(self, reason: str) -> None:
+        """Count a record that was left out."""
+        self.num_invalid += 1
+        self.invalid[reason] = self.invalid.get(reason, 0) + 1
 
     @property
     def rows_per_s(self) -> float:
@@ -101,6 +116,8 @@ class LakeSink:
         root: Path,
         *,
         partitions: Sequence[int] | None = None,
+        num_partitions: int | None = None,
+        ends: Mapping[int, int] | None = None,
         flush_s: float = FLUSH_S,
         buffered_rows_max: int = BUFFERED_ROWS_MAX,
     ) -> None:
@@ -111,6 +128,9 @@ class LakeSink:
             topic: usually `Topics().events`.
             root: the lake's folder; the topic gets one of its own in it.
             partitions: those to write; all if left out.
+            num_partitions: over which the topic's keys are distributed: an event that lies
+                elsewhere is left out, and another number of partitions is refused.
+            ends: of a retired topic, the offset to end before, by partition.
             flush_s: how long an event may wait in memory.
             buffered_rows_max: how many may.
         """
@@ -118,6 +138,8 @@ class LakeSink:
         self._topic = topic
         self._root = root
         self._chosen = partitions
+        self._num_partitions = num_partitions
+        self._ends = ends
         self._flush_s = flush_s
         self._buffered_rows_max = buffered_rows_max
 
@@ -152,12 +174,13 @@ class LakeSink:
             consumer.close()
         run.report.seconds = time.monotonic() - started_s
         run.report.ends = {number: buffer.start for number, buffer in buffers.items()}
+        run.report.is_sealed = run.sealed >= buffers.keys()
         return run.report
 
     def _consume(
         self, consumer: Consumer, run: _Run, stop: Stop, advance: Callable[[int], None]
     ) -> None:
-        heard_s = time.monotonic()
+        heard_s = asked_s = time.monotonic()
         while not stop.is_set() and not run.is_done():
             messages = consumer.consume(_CONSUME_MESSAGES, _CONSUME_S)
             now_s = time.monotonic()
@@ -165,6 +188,10 @@ class LakeSink:
             if run.ends is not None and now_s - heard_s > STALL_S:
                 self._flush(consumer, run, run.buffers.values())
                 raise self._stalled(run)
+            if now_s - asked_s > WIDTH_INTERVAL_S:
+                asked_s = now_s
+                self._refuse_other_width(consumer)
+            run.strays = self._strays(messages)
             advance(sum(self._take(run, message, now_s) for message in messages))
             self._flush(consumer, run, self._due(run, now_s))
         self._flush(consumer, run, run.buffers.values())
@@ -183,10 +210,37 @@ class LakeSink:
             return run.reach_end(buffer, offset, now_s)
         if offset < buffer.next or run.is_beyond(number, offset):
             return 0
+        if message.key() is None and is_seal(None, message.value(), _headers(message)):
+            run.sealed.add(number)
+            return 0
+        if (number, offset) in run.strays:
+            run.report.count_invalid(_MISPLACED)
+            return run.move(buffer, offset + 1, now_s)
         row = _read_row(message, offset, run.report)
         if row is not None:
             buffer.rows.append(row)
         return run.move(buffer, offset + 1, now_s)
+
+    def _strays(self, messages: Sequence[Message]) -> set[tuple[int, int]]:
+        """Return where records lie whose keys belong into another partition."""
+        if self._num_partitions is None:
+            return set()
+        records: list[Any] = [message for message in messages if message.error() is None]
+        keys = [record.key() or b"" for record in records]
+        belongs = partitions_of(keys, self._num_partitions)
+        return {
+            (record.partition(), record.offset())
+            for record, key, partition in zip(records, keys, belongs, strict=True)
+            if key and record.partition() != partition
+        }
+
+    def _refuse_other_width(self, consumer: Consumer) -> None:
+        wanted = self._num_partitions
+        if wanted is None or self._ends is not None:
+            return
+        found = topic_width(consumer, self._topic)
+        if found is not None and found != wanted:
+            raise PartitionsChangedError(self._topic, recorded=wanted, found=found, wanted=found)
 
     def _report_error(self, run: _Run, message: Message, error: KafkaError) -> None:
         """Raise what going on cannot heal, log the rest."""
@@ -224,6 +278,10 @@ class LakeSink:
 
     def _bounds(self) -> dict[int, tuple[int, int]]:
         bounds = watermarks(self._config, self._topic)
+        if self._ends is not None:
+            return {p: (min(bounds[p][0], end), end) for p, end in self._ends.items()}
+        if self._num_partitions is not None:
+            bounds = {p: span for p, span in bounds.items() if p < self._num_partitions}
         if self._chosen is None:
             return bounds
         absent = sorted(set(self._chosen) - bounds.keys())
@@ -269,24 +327,32 @@ class _Run:
     buffers: dict[int, Partition]
     ends: dict[int, int] | None
     report: LakeReport
+    sealed: set[int] = field(default_factory=set)
+    strays: set[tuple[int, int]] = field(default_factory=set)
 
     def is_done(self) -> bool:
-        """Return whether every partition has reached its end; never without ends."""
-        return self.ends is not None and not any(map(self.num_missing, self.buffers))
+        """Return whether every partition has reached its end; without ends, that is its seal."""
+        if self.ends is None:
+            return self.sealed >= self.buffers.keys()
+        return not any(map(self.num_missing, self.buffers))
 
     def num_missing(self, number: int) -> int:
         """Return how many offsets of a partition are still to be read before its end."""
+        if number in self.sealed:
+            return 0
         return 0 if self.ends is None else max(0, self.ends[number] - self.buffers[number].next)
 
     def is_beyond(self, number: int, offset: int) -> bool:
         """Return whether the offset is not asked for, because the run ends before it."""
-        return self.ends is not None and offset >= self.ends[number]
+        return number in self.sealed or (self.ends is not None and offset >= self.ends[number])
 
     def reach_end(self, buffer: Partition, offset: int, now_s: float) -> int:
         """Everything readable before `offset` was seen, transaction markers included.
 
         An end further on cannot be read yet (a transaction is open): the run ends here.
         """
+        if buffer.number in self.sealed:
+            return 0
         if self.ends is not None:
             self.ends[buffer.number] = min(self.ends[buffer.number], offset)
             offset = self.ends[buffer.number]
@@ -315,7 +381,6 @@ def _read_row(message: Message, offset: int, report: LakeReport) -> LakeRow | No
         event = decode_event(message.value(), msgpack=is_msgpack(_headers(message)))
         judge_ranges(event, message.key())
     except InvalidEventError as error:
-        report.num_invalid += 1
-        report.invalid[error.reason] = report.invalid.get(error.reason, 0) + 1
+        report.count_invalid(error.reason)
         return None
     return LakeRow(offset, message.timestamp()[1], event)

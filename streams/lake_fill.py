@@ -41,13 +41,14 @@ def fill_from_lake(
     held = files[-1].end + 1 if files and files[0].start <= start else start
     if held < low:
         raise LogHoleError(topic, partition, lake_end=held, low=low)
-    for batch in lake_batches(files, start, low, effects.processor.config):
+    processor = effects.processor
+    for batch in lake_batches(files, start, low, processor.config, processor.source):
         effects.apply_batch(batch)
     return low
 
 
 def lake_batches(
-    files: list[lake.LakeFile], start: int, stop: int, config: StateConfig
+    files: list[lake.LakeFile], start: int, stop: int, config: StateConfig, source: int = 0
 ) -> Iterator[MicroBatch]:
     """Yield the accepted events of offsets [start, stop) of one partition, in order.
 
@@ -62,7 +63,7 @@ def lake_batches(
         first, last = np.searchsorted(offsets, [start, stop])
         for at in range(first, last, BATCH_ROWS):
             rows = table.slice(at, min(BATCH_ROWS, last - at))
-            batch = _to_batch(rows, file.partition, config)
+            batch = _to_batch(rows, (source, file.partition), config)
             is_end = at + BATCH_ROWS >= last
             # A file also covers offsets that held no event.
             batch.ends = {file.partition: min(stop, file.end + 1) if is_end else _next(rows)}
@@ -73,7 +74,7 @@ def _next(rows: pa.Table) -> int:
     return int(rows["offset"][-1].as_py()) + 1
 
 
-def _to_batch(rows: pa.Table, partition: int, config: StateConfig) -> MicroBatch:
+def _to_batch(rows: pa.Table, place: tuple[int, int], config: StateConfig) -> MicroBatch:
     batch = MicroBatch(num_records=rows.num_rows)
     columns, keep = lake.judged_columns(rows, config)
     batch.num_outside = int(rows.num_rows - keep.sum())
@@ -84,13 +85,13 @@ def _to_batch(rows: pa.Table, partition: int, config: StateConfig) -> MicroBatch
     # Stable: each user's events stay in offset order.
     order = np.argsort(columns["user_id"], kind="stable")
     columns = {name: column[order] for name, column in columns.items()}
-    batch.by_user = _by_user(columns["user_id"], _to_events(columns, partition))
+    batch.by_user = _by_user(columns["user_id"], _to_events(columns, place))
     return batch
 
 
-def _to_events(columns: Mapping[str, lake.Column], partition: int) -> list[Accepted]:
+def _to_events(columns: Mapping[str, lake.Column], place: tuple[int, int]) -> list[Accepted]:
     offsets = columns["offset"].tolist()
-    positions = map(Position, repeat(0), repeat(partition), offsets)
+    positions = map(Position, repeat(place[0]), repeat(place[1]), offsets)
     return list(map(Accepted, positions, *(columns[name].tolist() for name in _FIELDS)))
 
 

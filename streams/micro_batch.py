@@ -20,9 +20,10 @@ from features.events import (
     judge_rules,
 )
 from features.state import NO_DWELL, NO_VALUE, Accepted, Position
+from streams.seal import cut_at_seals, is_seal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from features.config import StateConfig
     from features.errors import Reason
@@ -58,7 +59,8 @@ class MicroBatch:
         by_user: valid events that enter streams, per user in offset order.
         dead_letters: records that break the contract.
         domains: text of every domain seen, by hash.
-        ends: by partition, the offset after the last record looked at.
+        ends: by partition, the offset after the last record looked at, or that of its seal.
+        seals: by partition, the offset of the record that ends it, if it came by.
         num_records: records looked at.
         num_outside: valid events whose action does not enter the streams.
     """
@@ -67,6 +69,7 @@ class MicroBatch:
     dead_letters: list[DeadLetter] = field(default_factory=list)
     domains: dict[int, str] = field(default_factory=dict)
     ends: dict[int, int] = field(default_factory=dict)
+    seals: dict[int, int] = field(default_factory=dict)
     num_records: int = 0
     num_outside: int = 0
 
@@ -121,8 +124,11 @@ def to_accepted(event: Event, record: Record, codes: dict[str, int], source: int
     )
 
 
-def sort_records(records: Iterable[Record], config: StateConfig) -> MicroBatch:
-    """Return the micro-batch in `records`; nothing is dropped without a count."""
+def sort_records(records: Sequence[Record], config: StateConfig, source: int = 0) -> MicroBatch:
+    """Return the micro-batch in `records`; nothing is dropped without a count.
+
+    Only what comes after a seal is passed over: `moveline repartition` moves it.
+    """
     batch = MicroBatch()
     codes, entering = config.codes, config.entering
     tolerance_ms = config.future_tolerance_ms
@@ -135,12 +141,14 @@ def sort_records(records: Iterable[Record], config: StateConfig) -> MicroBatch:
             try:
                 event = accept_record(record, config)
             except InvalidEventError as error:
+                if is_seal(record.key, record.value, record.headers):
+                    return _sort_sealed(records, config, source)
                 batch.dead_letters.append(DeadLetter(record, error.reason, error.detail))
                 continue
         if event.action not in entering:
             batch.num_outside += 1
             continue
-        accepted = to_accepted(event, record, codes)
+        accepted = to_accepted(event, record, codes, source)
         if event.domain is not None:
             domains[accepted.domain] = event.domain
         events = by_user.get(event.user_id)
@@ -148,6 +156,15 @@ def sort_records(records: Iterable[Record], config: StateConfig) -> MicroBatch:
             by_user[event.user_id] = [accepted]
         else:
             events.append(accepted)
+    return batch
+
+
+def _sort_sealed(records: Sequence[Record], config: StateConfig, source: int) -> MicroBatch:
+    kept, seals = cut_at_seals(records)
+    batch = sort_records(kept, config, source)
+    batch.seals = seals
+    # A partition goes on at its seal for ever: whoever reads it again has to see it first.
+    batch.ends |= seals
     return batch
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 
@@ -19,6 +19,7 @@ from features.errors import FeatureError, GenerationError
 from features.item_statistics import ItemStatistics
 from features.nearline import SessionStore, TileStore
 from features.redis import CatalogueStore, StateStore, connect
+from streams.chain import checked_chain
 from streams.errors import StreamError
 from streams.kafka import KafkaException, ensure_topics, make_producer, partition_count
 from streams.log_reader import LogReader
@@ -96,17 +97,25 @@ def hints_of_tick(tick: int, partitions: int) -> list[Hint]:
     ]
 
 
-def prepare_topics(config: NearlineConfig) -> int:
-    """Return how wide the events topic is; topics of the app that are missing are made.
+class Widths(NamedTuple):
+    """How many partitions to give hints for, and how many the topic of hints has."""
+
+    tiles: int
+    hints: int
+
+
+def prepare_topics(config: NearlineConfig) -> Widths:
+    """Return how wide the topics are; topics of the app that are missing are made.
 
     Raises:
         StreamError: the events topic does not exist, or Kafka does not answer.
     """
-    partitions = partition_count(config.kafka, config.topics.events)
+    chain = checked_chain(config.kafka, config.topics)
     own = {config.topics.sessions, config.topics.nearline}
-    specs = [spec for spec in config.topics.specs(partitions) if spec.name in own]
-    ensure_topics(config.kafka, specs)
-    return partitions
+    specs = config.topics.specs(chain.newest.num_partitions)
+    ensure_topics(config.kafka, [spec for spec in specs if spec.name in own])
+    hints = partition_count(config.kafka, config.topics.nearline)
+    return Widths(chain.num_partitions_max, hints)
 
 
 @dataclass
@@ -114,8 +123,7 @@ class Parts:
     """Everything that works on the servers, opened together."""
 
     reader: LogReader
-    tiles: TileStore
-    counter: TileCounter
+    counters: list[TileCounter]
     popularity: Popularity
     sweeper: SessionSweeper
     follower: PointerFollower
@@ -126,13 +134,24 @@ class Parts:
         self.reader.close()
         self.statistics.close()
 
+    def count(self, partition: int, *, budget_s: float) -> int:
+        """Count a partition of each of the log's topics; return how many records are left."""
+        mine = [one for one in self.counters if partition < (one.num_partitions or 0)]
+        return sum(one.advance(partition, budget_s=budget_s) for one in mine)
 
-def open_parts(config: NearlineConfig, partitions: int, metrics: NearlineMetrics) -> Parts:
+    @property
+    def is_over(self) -> bool:
+        """Return whether the newest topic was found to have ended, at least in a partition."""
+        return bool(self.counters[-1].sealed)
+
+
+def open_parts(config: NearlineConfig, metrics: NearlineMetrics) -> Parts:
     """Return the parts for a generation that exists.
 
     Raises:
         GenerationError: no worker has claimed it yet.
         StoreError: Redis does not answer.
+        StreamError: Kafka does not, or the events topic has got other partitions.
     """
     client = connect(config.redis_url)
     catalogue = CatalogueStore(client)
@@ -141,21 +160,34 @@ def open_parts(config: NearlineConfig, partitions: int, metrics: NearlineMetrics
         raise GenerationError(
             f"generation g{config.generation} does not exist yet: start `moveline worker`."
         )
+    chain = checked_chain(config.kafka, config.topics)
+    topics = config.topics.at(chain.current)
     reader = LogReader.open(config.kafka)
+    # Tiles of all topics are the same ones; only the marks are apart.
     tiles = TileStore(client, config.generation)
     statistics = ItemStatistics(config.redis_url, rules)
     return Parts(
         reader,
-        tiles,
-        TileCounter(reader, config.topics.events, tiles, rules, metrics),
-        Popularity(tiles, catalogue, partitions, statistics, metrics),
+        [
+            TileCounter(
+                reader,
+                topics.at(number).events,
+                replace(tiles, source=number),
+                rules,
+                num_partitions=source.num_partitions,
+                ends=None if source.ends is None else source.end_offsets,
+                metrics=metrics,
+            )
+            for number, source in enumerate(chain.sources)
+        ],
+        Popularity(tiles, catalogue, chain.num_partitions_max, statistics, metrics),
         SessionSweeper(
             StateStore(client, config.generation, rules),
             SessionStore(client, config.generation),
             reader,
             make_producer(config.kafka),
-            config.topics,
-            partitions,
+            topics,
+            chain.newest.num_partitions,
             int(config.lateness_s * 1000),
             metrics,
         ),
@@ -175,7 +207,7 @@ class Nearline:
     """
 
     config: NearlineConfig
-    partitions: int
+    widths: Widths
     metrics: NearlineMetrics = field(default_factory=NearlineMetrics)
     parts: Parts | None = None
     started_at: dict[Hint, float] = field(default_factory=dict)
@@ -190,7 +222,7 @@ class Nearline:
         the next hint: failing here would only make Faust restart its agent.
         """
         self.metrics.hints.labels(hint.work).inc()
-        if not 0 <= hint.partition < self.partitions or self._is_overtaken(hint):
+        if not 0 <= hint.partition < self.widths.tiles or self._is_overtaken(hint):
             self.metrics.overtaken.labels(hint.work).inc()
             return False
         self.started_at[hint] = time.monotonic()
@@ -212,11 +244,14 @@ class Nearline:
 
     def _do(self, hint: Hint) -> None:
         if self.parts is None:
-            self.parts = open_parts(self.config, self.partitions, self.metrics)
+            self.parts = open_parts(self.config, self.metrics)
         parts = self.parts
         if hint.work is Work.TILES:
-            left = parts.counter.advance(hint.partition, budget_s=BUDGET_S)
-            self.left[hint.partition] = left
+            self.left[hint.partition] = parts.count(hint.partition, budget_s=BUDGET_S)
+            if parts.is_over:
+                # The log goes on in another topic, now or soon; what is open does not know it.
+                self.close()
+                self.widths = prepare_topics(self.config)
         elif hint.work is Work.SWEEP:
             parts.sweeper.step(budget_s=BUDGET_S)
         elif hint.work is Work.TRENDING:
@@ -231,7 +266,7 @@ class Nearline:
         return {
             "app": self.config.app_id,
             "generation": f"g{self.config.generation}",
-            "partitions": self.partitions,
+            "partitions": self.widths.tiles,
             "not_yet_counted": {str(p): left for p, left in sorted(self.left.items())},
             "done_at_ms": {f"{hint.work}[{hint.partition}]": at for hint, at in self._done()},
             "last_error": self.last_error,

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from features.keys import bucket_of
 from features.redis import WRITTEN, BucketWrite
-from features.state import UserState, step
+from features.state import PartitionMovedError, UserState, step
 from streams.errors import OutOfStepError
+from streams.placement import partitions_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -95,6 +96,10 @@ class StateCache:
         self.bytes_held = 0
 
 
+def _is_new(state: UserState, source: int) -> bool:
+    return state.position.source != source or state.position.partition < 0
+
+
 def _size(state: UserState) -> int:
     return len(state.tail) + _STATE_OVERHEAD_BYTES
 
@@ -104,6 +109,8 @@ class Processor:
     """Applies micro-batches to the states of one generation.
 
     Attributes:
+        source: which topic of the event log its events come from.
+        num_partitions: over which that topic's keys are distributed; None leaves it unchecked.
         checkpoints: by partition, the next offset of each bucket as this worker left it in Redis.
         chunk_cap: what is told of users whose chunks Redis has acknowledged; None keeps them all.
     """
@@ -111,6 +118,7 @@ class Processor:
     states: States
     config: StateConfig
     source: int = 0
+    num_partitions: int | None = None
     cache: StateCache = field(default_factory=StateCache)
     checkpoints: dict[int, list[int]] = field(default_factory=dict)
     chunk_cap: ChunkCap | None = None
@@ -123,6 +131,20 @@ class Processor:
         self.cache.clear()
         self.checkpoints.update(self.states.read_checkpoints(self.source, partitions))
         return {partition: max(0, min(self.checkpoints[partition])) for partition in partitions}
+
+    def begin(self, partitions: Iterable[int]) -> None:
+        """Write a checkpoint where there is none: a Redis from before it then refuses this worker.
+
+        Raises as `apply` does.
+        """
+        self._write(
+            [
+                BucketWrite(bucket, self.source, partition, held, 0, {})
+                for partition in partitions
+                for bucket, held in enumerate(self.checkpoints[partition])
+                if held < 0
+            ]
+        )
 
     def revoke(self, partitions: Iterable[int]) -> None:
         """Forget partitions that are another worker's now."""
@@ -137,11 +159,13 @@ class Processor:
             StoreError: Redis is away or full. Some buckets may be written.
             OutOfStepError: Redis does not stand where this worker left it. `assign` again, read
                 from there.
+            PartitionMovedError: a user's events do not lie where the user's key belongs.
         """
         report = Report()
         started = time.perf_counter()
         todo = self._not_yet_applied(batch.by_user, report)
         before = self._states_of(todo)
+        self._refuse_misplaced(todo, before)
         loaded = time.perf_counter()
         changes = {user: step(before[user], events, self.config) for user, events in todo.items()}
         self._refuse_ahead(changes)
@@ -199,6 +223,25 @@ class Processor:
         missing = [user for user, state in found.items() if state is None]
         loaded = self.states.load(missing) if missing else {}
         return {user: loaded[user] if state is None else state for user, state in found.items()}
+
+    def _refuse_misplaced(
+        self, todo: Mapping[int, Sequence[Accepted]], before: Mapping[int, UserState]
+    ) -> None:
+        """Raise if a user's first events of this topic lie in another partition than its key.
+
+        Later ones are compared with the state's own partition (features/state.py).
+        """
+        if self.num_partitions is None:
+            return
+        new = [user for user, state in before.items() if _is_new(state, self.source)]
+        belongs = partitions_of([b"%d" % user for user in new], self.num_partitions)
+        for user, partition in zip(new, belongs, strict=True):
+            found = todo[user][0].position.partition
+            if found != partition:
+                raise PartitionMovedError(
+                    f"user {user} lies in partition {found} and belongs into {partition} of "
+                    f"{self.num_partitions}"
+                )
 
     def _refuse_ahead(self, changes: Mapping[int, Change]) -> None:
         """Raise if a row already holds events that its bucket's checkpoint, as known here, has not.

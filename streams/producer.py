@@ -1,7 +1,7 @@
 """For event producers: events are checked here, sent in order, and none is lost without a word.
 
 `EventProducer` is for threads, `streams.async_producer` for asyncio. Both can return where an event
-stands, (partition, offset): what a recommendation request takes as `min_position`.
+stands: what a recommendation request takes as `min_position`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from features.events import (
     judge_ranges,
     parse_id,
 )
+from features.keys import log_partition
 from streams.errors import DeliveryError, ProducerClosedError, QueueFullError, UndeliveredError
 from streams.kafka import KafkaException, make_producer
 from streams.properties import DELIVERY_TIMEOUT_MS, LINGER_MS, QUEUE_MESSAGES_MAX
+from streams.topics import source_of
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -53,12 +55,19 @@ class Delivery(NamedTuple):
         offset: see `partition`.
         append_time_ms: the broker's clock when it was appended, UTC epoch ms.
         acked_s: `time.perf_counter()` when the acknowledgement was seen.
+        source: which topic of the event log took it.
     """
 
     partition: int
     offset: int
     append_time_ms: int
     acked_s: float
+    source: int = 0
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """Return what a recommendation request takes as `min_position`."""
+        return log_partition(self.source, self.partition), self.offset
 
 
 class Counters(NamedTuple):
@@ -382,4 +391,5 @@ def _delivery(message: Message) -> Delivery:
     partition, offset = message.partition(), message.offset()
     assert partition is not None, "an acknowledged record has a partition"
     assert offset is not None, "an acknowledged record has an offset"
-    return Delivery(partition, offset, message.timestamp()[1], time.perf_counter())
+    source = source_of(message.topic() or "")
+    return Delivery(partition, offset, message.timestamp()[1], time.perf_counter(), source)

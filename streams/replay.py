@@ -15,16 +15,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from features.errors import GenerationError, StoreUnavailableError
-from features.generations import Built, Generations
+from features.generations import Built, Generations, start_field
+from streams.chain import Chain, claimed_chain, settled_chain
 from streams.chunk_cap import WAITING_CHUNKS_DEFAULT, keep_to_cap
 from streams.control import read_pointers
 from streams.effects import Effects
 from streams.errors import OutOfStepError, StateContendedError
-from streams.event_log import BATCH_MAX, EventLog, num_missing
-from streams.kafka import end_offsets
+from streams.event_log import BATCH_MAX, EventLog, logs_of, num_missing
 from streams.metrics import WorkerMetrics
 from streams.processor import Processor
 from streams.progress import progress_bar
+from streams.retired import is_complete
 from streams.worker import IDLE_INTERVAL_S, OUT_OF_STEP_MAX, RETRY_S
 
 if TYPE_CHECKING:
@@ -67,38 +68,43 @@ class ReplayRequest:
     lake: Path | None = None
     waiting_chunks_max: int = WAITING_CHUNKS_DEFAULT
 
-    def built(self, topic: str, starts: Mapping[int, int]) -> Built:
+    def built(self, logs: Sequence[EventLog]) -> Built:
         """Return what is recorded of it."""
         users = None
         if self.users is not None:
             text = ",".join(map(str, sorted(self.users)))
             users = hashlib.sha256(text.encode()).hexdigest()[:16]
         return Built(
-            topic=topic,
+            # The first of the log's topics stands for all of them.
+            topic=logs[0].topic,
             origin=self.origin,
             from_ms=self.from_ms,
             to_ms=self.to_ms,
             users=users,
             num_users=len(self.users or ()),
-            starts={str(partition): offset for partition, offset in starts.items()},
+            starts={
+                start_field(events.source, partition): offset
+                for events in logs
+                for partition, offset in self.starts(events).items()
+            },
         )
 
-    def event_log(self, kafka: KafkaConfig, topic: str) -> EventLog:
-        """Return the log it reads."""
+    def logs(self, kafka: KafkaConfig, topics: Topics, chain: Chain) -> list[EventLog]:
+        """Return the topics it reads, in this order."""
         from_lake = self.origin == "lake"
-        return EventLog(kafka=kafka, topic=topic, lake=self.lake, prefer_lake=from_lake)
+        return logs_of(kafka, topics, chain, lake=self.lake, prefer_lake=from_lake)
 
     def starts(self, events: EventLog) -> dict[int, int]:
         """Return the first offset by partition."""
         if self.from_ms is not None:
             return events.starts_at(self.from_ms)
-        return dict.fromkeys(end_offsets(events.kafka, events.topic), 0)
+        return dict.fromkeys(events.end_offsets(), 0)
 
     def ends(self, events: EventLog) -> dict[int, int]:
         """Return the offset to stop before, by partition."""
         if self.to_ms is not None:
             return events.starts_at(self.to_ms)
-        return end_offsets(events.kafka, events.topic)
+        return events.end_offsets()
 
 
 @dataclass(kw_only=True)
@@ -152,56 +158,107 @@ class Replay:
             StateContendedError: somebody else writes this generation.
             StreamError: Kafka made going on impossible.
         """
-        events = self.request.event_log(self.kafka, self.topics.events)
-        built = self._claim(events)
-        ends = self.request.ends(events)
+        self.store.ping()
+        self.store.refuse_eviction()
+        claimed_chain(self.kafka, self.topics)
+        chain, newest_ends = settled_chain(self.kafka, self.topics)
+        logs = self.request.logs(self.kafka, self.topics, chain)
+        built = self._claim(logs)
+        if self.request.to_ms is None:
+            ends = [*(source.end_offsets for source in chain.retired), newest_ends]
+        else:
+            ends = [self.request.ends(events) for events in logs]
+        report, started_s = ReplayReport(), time.monotonic()
+        spans = list(zip(logs, ends, strict=True))
+        is_done = False
+        while not is_done and not stop.is_set():
+            is_done = self._run_topics(chain, spans, built, report, stop, shown=shown)
+        report.seconds = time.monotonic() - started_s
+        return report
+
+    def _run_topics(
+        self,
+        chain: Chain,
+        spans: list[tuple[EventLog, dict[int, int]]],
+        built: Built,
+        report: ReplayReport,
+        stop: StopEvent,
+        *,
+        shown: bool,
+    ) -> bool:
+        """Read one topic after the other; False: Redis went back, so begin with the first again."""
+        report.num_missing = 0
+        is_cut = False
+        for events, ends in spans:
+            starts = {p: built.start_of(events.source, p) for p in ends}
+            if is_cut:
+                # Nothing of this one may be applied before the one before it has ended.
+                report.num_missing += num_missing(starts, ends)
+                continue
+            processor = self._processor(events.source)
+            effects = Effects(processor, self.catalogue, _NoDeadLetters(), self.metrics)
+            before = Chain(chain.sources[: events.source + 1])
+            try:
+                _Run(self, events, effects, starts, ends, before, report).to_end(stop, shown=shown)
+            except _EarlierTopicError:
+                return False
+            retired = chain.sources[events.source].ends
+            is_cut = report.num_missing > 0 or (
+                retired is not None and any(end < retired[str(p)] for p, end in ends.items())
+            )
+        return True
+
+    def _processor(self, source: int) -> Processor:
         # Kept to here as well: a rebuild must not need more memory than what it rebuilds.
         cap = keep_to_cap(
             self.store,
             self.request.lake,
-            events.topic,
+            self.topics.at(0).events,
             self.metrics,
             chunks_max=self.request.waiting_chunks_max,
         )
-        processor = Processor(self.store.as_recorded(), self.store.config, chunk_cap=cap)
-        effects = Effects(processor, self.catalogue, _NoDeadLetters(), self.metrics)
-        run = _Run(self, events, effects, {int(p): at for p, at in built.starts.items()}, ends)
-        return run.to_end(stop, shown=shown)
+        store = self.store.as_recorded()
+        return Processor(store, store.config, source=source, chunk_cap=cap)
 
-    def _claim(self, events: EventLog) -> Built:
+    def _claim(self, logs: Sequence[EventLog]) -> Built:
         generation = self.store.generation
-        self.store.ping()
-        self.store.refuse_eviction()
         live = read_pointers(self.kafka, self.topics)
         if live is not None and live.generation == generation:
             raise GenerationError(
                 f"g{generation} is live: a replay builds another generation, which "
                 "`moveline promote` then makes the live one."
             )
-        wanted = self.request.built(self.topics.events, self.request.starts(events))
-        built = Generations(self.store.client).claim(generation, wanted)
+        built = Generations(self.store.client).claim(generation, self.request.built(logs))
         self.store.claim_generation()
         return built
 
 
+class _EarlierTopicError(Exception):
+    """Redis went back to where a topic before this one was not applied whole."""
+
+
 @dataclass
 class _Run:
+    """One topic of the log; `chain` holds it and those before it, `report` is added to."""
+
     replay: Replay
     events: EventLog
     effects: Effects
     starts: Mapping[int, int]
     ends: dict[int, int]
+    chain: Chain
+    report: ReplayReport
     positions: dict[int, int] = field(default_factory=dict)
-    report: ReplayReport = field(default_factory=ReplayReport)
+    num_records: int = 0
     num_out_of_step: int = 0
     kept_at: float = field(default_factory=time.monotonic)
     started_s: float = field(default_factory=time.monotonic)
 
-    def to_end(self, stop: StopEvent, *, shown: bool) -> ReplayReport:
+    def to_end(self, stop: StopEvent, *, shown: bool) -> None:
         self._place()
         self._refuse_other_log()
         total = num_missing(self.positions, self.ends)
-        name = f"replay into g{self.replay.store.generation}"
+        name = f"replay {self.events.topic} into g{self.replay.store.generation}"
         with progress_bar(name, total=total, shown=shown) as advance:
             while num_missing(self.positions, self.ends) and not stop.is_set():
                 try:
@@ -213,9 +270,7 @@ class _Run:
                     stop.wait(RETRY_S)
                 self._place_again(stop)
         self._finish()
-        self.report.num_missing = num_missing(self.positions, self.ends)
-        self.report.seconds = time.monotonic() - self.started_s
-        return self.report
+        self.report.num_missing += num_missing(self.positions, self.ends)
 
     def _read(self, stop: StopEvent, total: int, advance: Callable[[int], None]) -> None:
         request, config = self.replay.request, self.effects.processor.config
@@ -241,6 +296,7 @@ class _Run:
     def _apply(self, batch: MicroBatch) -> None:
         report = self.effects.apply_batch(batch)
         self.num_out_of_step = 0
+        self.num_records += batch.num_records
         self.report.num_records += batch.num_records
         self.report.num_applied += report.num_applied
         self.report.num_duplicates += report.num_duplicates
@@ -256,7 +312,7 @@ class _Run:
     def _pace(self, stop: StopEvent) -> None:
         rate = self.replay.request.rate
         if rate is not None:
-            ahead_s = self.report.num_records / rate - (time.monotonic() - self.started_s)
+            ahead_s = self.num_records / rate - (time.monotonic() - self.started_s)
             if ahead_s > 0:
                 stop.wait(ahead_s)
 
@@ -264,16 +320,32 @@ class _Run:
         """Learn where the generation stands."""
         applied = self.effects.processor.assign(sorted(self.starts))
         self.positions = {p: max(start, applied[p]) for p, start in self.starts.items()}
+        if self.events.source:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Leave checkpoints in a Redis that has the topics before this one whole.
+
+        One that comes back older than now then refuses what is written.
+        """
+        try:
+            self.effects.processor.begin(sorted(self.starts))
+        except OutOfStepError as error:
+            # Another writer; the next write is refused and counted.
+            log.warning("%s", error)
+        if not is_complete(self.replay.store, self.chain):
+            raise _EarlierTopicError
 
     def _refuse_other_log(self) -> None:
         """Raise if the generation is further than Kafka: it was built from another log."""
-        highs = end_offsets(self.events.kafka, self.events.topic)
+        bounds = self.events.bounds()
         for partition, at in self.positions.items():
-            if at > highs[partition]:
+            high = bounds[partition][1]
+            if at > high:
                 name = f"g{self.replay.store.generation}"
                 raise GenerationError(
                     f"{name} has partition {partition} of {self.events.topic} up to offset {at}, "
-                    f"Kafka ends at {highs[partition]}: it was built from another log. Point at "
+                    f"Kafka ends at {high}: it was built from another log. Point at "
                     f"the right broker, or start over: moveline drop {name}"
                 )
 

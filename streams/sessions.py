@@ -121,7 +121,7 @@ class SessionSweeper:
         topic = self.topics.events
         ends = {p: self.reader.bounds(topic, p).high for p in range(self.partitions)}
         self.applied.observe(clock_ms, ends)
-        checkpoints = self.states.read_checkpoints(0, list(ends))
+        checkpoints = self.states.read_checkpoints(self.topics.source, list(ends))
         return {p: self.applied.at(p, of_bucket) for p, of_bucket in checkpoints.items()}
 
     def _sweep(self, users: list[int], clocks: dict[int, list[int | None]]) -> None:
@@ -132,7 +132,7 @@ class SessionSweeper:
         histories = self._histories(states, markers)
         for user, state in states.items():
             bucket = bucket_of(user)
-            clock_ms = clocks.get(state.position.partition, [None] * NUM_BUCKETS)[bucket]
+            clock_ms = self._clock_of(state, clocks, bucket)
             known = histories.get(user, History(state, None))
             note = self._note(user, known, markers[user], clock_ms)
             if note is not None:
@@ -140,6 +140,17 @@ class SessionSweeper:
         for bucket, of_bucket in notes.items():
             self.sessions.note(bucket, of_bucket)
         self._send(list(notes))
+
+    def _clock_of(
+        self, state: UserState, clocks: dict[int, list[int | None]], bucket: int
+    ) -> int | None:
+        """Return up to which time a user's state is complete, None if that is not known."""
+        if state.position.source == self.topics.source:
+            return clocks.get(state.position.partition, [None] * NUM_BUCKETS)[bucket]
+        # Nothing of the user in the newest topic yet: what comes can come from any partition.
+        times = [of_bucket[bucket] for of_bucket in clocks.values()]
+        known = [time_ms for time_ms in times if time_ms is not None]
+        return min(known) if known and len(known) == len(times) else None
 
     def _newest(self, users: list[int]) -> dict[int, UserState]:
         """Return states without their events; they are not needed for most users."""

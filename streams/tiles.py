@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Final, Protocol
 from features.clock import now_ms
 from features.nearline import HOUR_MS, TILE_HOURS_MAX, Tile, TileStore
 from streams.kafka import offsets_for_time
+from streams.log_reader import Bounds
 from streams.micro_batch import sort_records
 from streams.nearline_metrics import NearlineMetrics
+from streams.placement import drop_misplaced
 from streams.trending import (
     WEEK_HOURS,
     count_events,
@@ -44,12 +46,21 @@ STRETCH_RECORDS: Final = 5_000
 
 @dataclass
 class TileCounter:
-    """Brings the tiles of one partition after another up to the end of the log."""
+    """Brings the tiles of one partition after another up to the end of a topic of the log.
+
+    Attributes:
+        num_partitions: over which its keys are distributed; events elsewhere do not count here.
+        ends: where it ended, by partition, if it is retired.
+        sealed: partitions that were found to have ended.
+    """
 
     reader: LogReader
     topic: str
     tiles: TileStore
     config: StateConfig
+    num_partitions: int | None = None
+    ends: Mapping[int, int] | None = None
+    sealed: set[int] = field(default_factory=set)
     metrics: NearlineMetrics = field(default_factory=NearlineMetrics)
     clock: Callable[[], int] = now_ms
 
@@ -63,7 +74,7 @@ class TileCounter:
             StreamError: Kafka did not.
         """
         deadline = time.monotonic() + budget_s
-        bounds = self.reader.bounds(self.topic, partition)
+        bounds = self._bounds(partition)
         mark = self.tiles.marks(partition).next_offset
         start = self._start(partition) if mark is None else mark
         if start < bounds.low:
@@ -74,32 +85,53 @@ class TileCounter:
             for messages, end in self.reader.read(
                 self.topic, partition, start, bounds.high, records_max=STRETCH_RECORDS
             ):
-                if not self._count(partition, messages, mark, end):
+                counted = self._count(partition, messages, mark, end)
+                if counted is None:
                     break
-                mark = start = end
-                if time.monotonic() > deadline:
+                mark = start = counted
+                if time.monotonic() > deadline or partition in self.sealed:
                     break
         left = max(0, bounds.high - start)
+        left = 0 if partition in self.sealed else left
         self.metrics.lag.labels(str(partition)).set(left)
         return left
+
+    def _bounds(self, partition: int) -> Bounds:
+        """Return the oldest offset and the one to count up to."""
+        if self.ends is None:
+            return self.reader.bounds(self.topic, partition)
+        end = self.ends[partition]
+        mark = self.tiles.marks(partition).next_offset
+        if mark is not None and mark >= end:
+            # The topic may be gone from Kafka.
+            return Bounds(mark, end)
+        return Bounds(min(self.reader.bounds(self.topic, partition).low, end), end)
 
     def _start(self, partition: int) -> int:
         """Return the first record that a window can see, so that a long log is not read whole."""
         oldest_ms = (hour_of(self.clock()) - TILE_HOURS_MAX) * HOUR_MS
         oldest_ms -= self.config.future_tolerance_ms
-        return offsets_for_time(self.reader.kafka, self.topic, max(0, oldest_ms))[partition]
+        found = offsets_for_time(self.reader.kafka, self.topic, max(0, oldest_ms))[partition]
+        return found if self.ends is None else min(found, self.ends[partition])
 
-    def _count(self, partition: int, messages: list[Message], mark: int | None, end: int) -> bool:
-        batch = sort_records((to_record(message) for message in messages), self.config)
+    def _count(
+        self, partition: int, messages: list[Message], mark: int | None, end: int
+    ) -> int | None:
+        """Return up to where was counted, None if another app was faster."""
+        batch = sort_records([to_record(message) for message in messages], self.config)
+        if self.num_partitions is not None:
+            drop_misplaced(batch, self.num_partitions)
+        if partition in batch.seals:
+            end = batch.seals[partition]
+            self.sealed.add(partition)
         events = [event for of_user in batch.by_user.values() for event in of_user]
         counts = count_events(events)
-        added = self.tiles.add(partition, counts, expected=mark, advance_to=end)
-        if added:
-            self.metrics.tiles.inc()
-            self.metrics.events.inc(len(events))
-        else:
+        if not self.tiles.add(partition, counts, expected=mark, advance_to=end):
             self.metrics.refused.inc()
-        return added
+            return None
+        self.metrics.tiles.inc()
+        self.metrics.events.inc(len(events))
+        return end
 
 
 class StatisticsWriter(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from streams.errors import TopicMismatchError
@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 DEFAULT_PREFIX: Final = "moveline"
 # Enough for four workers; a key's partition depends on the count, so it is chosen once.
 DEFAULT_PARTITIONS: Final = 4
-# Kafka refuses names of 250 characters and more; the longest suffix of ours has 13.
+# Kafka refuses names of 250 characters and more; the longest suffix of ours has 13, or as many as
+# a topic that `moveline repartition` has made a thousand times.
 PREFIX_CHARS_MAX: Final = 200
+_EVENTS: Final = re.compile(r"\.events-([1-9][0-9]*)$")
 _PREFIX: Final = re.compile(r"^[A-Za-z0-9._-]+$")
 
 TIMESTAMP_TYPE: Final = "message.timestamp.type"
@@ -38,6 +40,7 @@ class TopicSpec:
 
     Attributes:
         settings: what the topic is created with; `required` names those checked afterwards.
+        is_any_width: one that exists may have another number of partitions.
     """
 
     name: str
@@ -45,13 +48,20 @@ class TopicSpec:
     replication: int = 1
     settings: Mapping[str, str] = field(default_factory=dict)
     required: tuple[str, ...] = (TIMESTAMP_TYPE, CLEANUP_POLICY)
+    is_any_width: bool = False
 
 
 @dataclass(frozen=True)
 class Topics:
-    """The topics of one installation; two prefixes can share a cluster."""
+    """The topics of one installation; two prefixes can share a cluster.
+
+    Attributes:
+        source: which of the event log's topics `events` is: they follow each other, and
+            streams/chain.py tells which one is the newest.
+    """
 
     prefix: str = DEFAULT_PREFIX
+    source: int = 0
 
     def __post_init__(self) -> None:
         """Refuse a prefix Kafka would refuse later, topic by topic."""
@@ -63,7 +73,11 @@ class Topics:
     @property
     def events(self) -> str:
         """What users did, keyed by decimal user_id."""
-        return f"{self.prefix}.events"
+        return f"{self.prefix}.events" + (f"-{self.source}" if self.source else "")
+
+    def at(self, source: int) -> Topics:
+        """Return the same installation's topics when the event log is in its n-th topic."""
+        return replace(self, source=source)
 
     @property
     def items(self) -> str:
@@ -98,7 +112,7 @@ class Topics:
     def specs(
         self, partitions: int = DEFAULT_PARTITIONS, replication: int = 1
     ) -> tuple[TopicSpec, ...]:
-        """Return every topic; `partitions` is that of events and what is as wide."""
+        """Return every topic; `partitions` is that of events, and of what is as wide when new."""
         return (
             TopicSpec(
                 name=self.events,
@@ -128,6 +142,7 @@ class Topics:
                 num_partitions=partitions,
                 replication=replication,
                 settings=_LOG,
+                is_any_width=True,
             ),
             TopicSpec(
                 name=self.nearline,
@@ -135,6 +150,7 @@ class Topics:
                 replication=replication,
                 settings=_HINTS,
                 required=(CLEANUP_POLICY,),
+                is_any_width=True,
             ),
             TopicSpec(
                 name=self.feature_log,
@@ -144,6 +160,16 @@ class Topics:
                 required=(CLEANUP_POLICY,),
             ),
         )
+
+
+def source_of(events_topic: str) -> int:
+    """Return which topic of the event log a name is of; 0 for one that is not ours.
+
+    >>> source_of("moveline.events"), source_of("moveline.events-2"), source_of("other")
+    (0, 2, 0)
+    """
+    match = _EVENTS.search(events_topic)
+    return int(match[1]) if match else 0
 
 
 def check_topic(
@@ -160,7 +186,7 @@ def check_topic(
     Raises:
         TopicMismatchError: naming the setting, what was found, and the way out.
     """
-    if num_partitions != spec.num_partitions:
+    if num_partitions != spec.num_partitions and not spec.is_any_width:
         raise TopicMismatchError(
             spec.name,
             setting="partitions",
@@ -168,7 +194,9 @@ def check_topic(
             expected=str(spec.num_partitions),
             next_step=(
                 "A user's partition depends on the count, so it cannot be changed in place: set "
-                f"the number of partitions to {num_partitions}, or use another topic prefix."
+                f"the number of partitions to {num_partitions}, or use another topic prefix. An "
+                "events topic gets another count by: moveline repartition --partitions "
+                f"{spec.num_partitions}"
             ),
         )
     for name in spec.required:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from features.errors import StoreFullError, StoreUnavailableError
+from features.state import PartitionMovedError
+from streams.chain import claimed_chain
 from streams.chunk_cap import WAITING_CHUNKS_DEFAULT, keep_to_cap
 from streams.control import read_pointers
 from streams.dead_letters import DeadLetterProducer
@@ -27,6 +29,7 @@ from streams.kafka import (
     make_producer,
 )
 from streams.lake_fill import fill_from_lake
+from streams.log_watch import LogWatch
 from streams.metrics import WorkerMetrics
 from streams.micro_batch import Record
 from streams.processor import CACHE_BYTES_DEFAULT, Processor, StateCache
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from threading import Event as StopEvent
 
     from features.redis import CatalogueStore, StateStore
+    from streams.chain import Chain
     from streams.kafka import Consumer, KafkaError, Message
     from streams.topics import Topics
 
@@ -59,8 +63,12 @@ Place = tuple[str, int]
 
 
 def group_of(topics: Topics, generation: int) -> str:
-    """Return the consumer group that keeps a generation of an installation up to date."""
-    return f"{topics.prefix}-g{generation}"
+    """Return the consumer group that keeps a generation up to date from the topic of the log.
+
+    One a topic: a static member that comes back with another subscription is given the partitions
+    it had, of the topic that has ended.
+    """
+    return f"{topics.prefix}-g{generation}" + (f"-{topics.source}" if topics.source else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,16 +118,33 @@ class Worker:
         self.store.refuse_eviction()
         self.store.claim_generation()
         self._restore_pointers()
+        while True:
+            chain = claimed_chain(self.kafka, self.topics)
+            here = replace(self, topics=self.topics.at(chain.current))
+            if not here.consume(chain, stop):
+                return
+            for partition in range(chain.newest.num_partitions):
+                # The next topic may be narrower: nothing is behind in a partition it lacks.
+                self.metrics.lag.labels(str(partition)).set(0)
+
+    def consume(self, chain: Chain, stop: StopEvent) -> bool:
+        """Consume one topic of the log; return whether it goes on in another. See `run`."""
+        from streams.retired import CatchUp  # noqa: PLC0415 - it reads as a worker does
+
+        processor = self.processor(chain, chain.current)
+        letters = DeadLetterProducer(make_producer(self.kafka), self.topics)
+        group = group_of(self.topics, self.store.generation)
         run = _Run(
             self,
-            Effects(
-                self._processor(),
-                self.catalogue,
-                DeadLetterProducer(make_producer(self.kafka), self.topics),
-                self.metrics,
+            Effects(processor, self.catalogue, letters, self.metrics),
+            LogWatch(
+                self.kafka,
+                self.topics,
+                chain,
+                CatchUp(self, chain) if chain.retired else None,
+                asked_at=self.clock(),
             ),
         )
-        group = group_of(self.topics, self.store.generation)
         consumer = make_consumer(
             self.kafka,
             group=group,
@@ -134,7 +159,7 @@ class Worker:
         )
         log.info("consuming %s as group %s", topics, group)
         try:
-            while not stop.is_set():
+            while not stop.is_set() and not run.is_over:
                 run.turn(consumer)
             run.finish(consumer)
         except KafkaException as error:
@@ -142,18 +167,27 @@ class Worker:
         finally:
             consumer.close()
             log.info("left group %s", group)
+        return run.is_over
 
-    def _processor(self) -> Processor:
+    def processor(self, chain: Chain, source: int) -> Processor:
+        """Return what applies events of one of the log's topics to the generation."""
         store, config = self.store.as_recorded(), self.config
         cap = keep_to_cap(
             store,
             config.lake,
-            self.topics.events,
+            self.topics.at(0).events,
             self.metrics,
             chunks_max=config.waiting_chunks_max,
         )
         cache = StateCache(config.cache_bytes_max)
-        return Processor(store, store.config, cache=cache, chunk_cap=cap)
+        return Processor(
+            store,
+            store.config,
+            source=source,
+            num_partitions=chain.sources[source].num_partitions,
+            cache=cache,
+            chunk_cap=cap,
+        )
 
     def _restore_pointers(self) -> None:
         """Make Redis agree with the control topic: a restored Redis may hold older pointers."""
@@ -173,16 +207,22 @@ class _Run:
         done: the offset after the last applied record of each placed partition, of no other.
         told: what Kafka was told of `done`.
         items: what applies the items topic.
+        watch: what is watched of the log's topics, the newest of which is read; None: nothing.
+        sealed: partitions of events that have ended.
+        is_over: the log goes on in another topic.
     """
 
     worker: Worker
     effects: Effects
+    watch: LogWatch | None = None
     owned: set[Place] = field(default_factory=set)
     unplaced: set[Place] = field(default_factory=set)
     pending: dict[Place, list[Message]] = field(default_factory=dict)
     done: dict[Place, int] = field(default_factory=dict)
     told: dict[Place, int] = field(default_factory=dict)
     items: ItemsReader = field(init=False)
+    sealed: set[Place] = field(default_factory=set)
+    is_over: bool = False
     is_paused: bool = False
     num_out_of_step: int = 0
     committed_at: float = field(init=False)
@@ -204,7 +244,7 @@ class _Run:
             self._place(consumer)
             self._apply()
             self._resume(consumer)
-            self._keep_checkpoints()
+            self._keep_checkpoints(consumer)
         except (StoreUnavailableError, StoreFullError) as error:
             self._pause(consumer, error)
             # Polling keeps the membership. A record that comes all the same is kept.
@@ -220,6 +260,8 @@ class _Run:
             self._commit(consumer)
         if self.worker.clock() - self.lag_at > LAG_INTERVAL_S:
             self._measure_lag(consumer)
+        if self.watch is not None and (self.sealed or not self.owned):
+            self.is_over = self.watch.has_successor(self.worker.clock())
 
     def finish(self, consumer: Consumer) -> None:
         """Leave checkpoints and offsets where the next worker can go on without reading again."""
@@ -241,7 +283,7 @@ class _Run:
                 self._refuse_fatal(error)
                 continue
             place = _place_of(message)
-            if place in self.done:
+            if place in self.done and place not in self.sealed:
                 self.pending.setdefault(place, []).append(message)
         jumped = [place for place in self.pending if self._has_jumped(consumer, place)]
         if jumped:
@@ -270,13 +312,34 @@ class _Run:
             for message in messages
         ]
         if records:
-            self.effects.apply(records)
+            try:
+                self.effects.apply(records)
+            except PartitionMovedError as error:
+                if self.watch is None:
+                    raise
+                raise self.watch.misplaced(error) from error
             self.num_out_of_step = 0
         for place, messages in self.pending.items():
             if place[0] != events:
                 self.items.apply(messages)
             self.done[place] = _offset_of(messages[-1]) + 1
         self.pending = {}
+        self._end_sealed()
+
+    def _end_sealed(self) -> None:
+        """Leave partitions that have ended at their seal: whoever reads on there has to meet it."""
+        events = self.worker.topics.events
+        for partition, offset in self.effects.seals.items():
+            place = events, partition
+            if place in self.done and place not in self.sealed:
+                log.info(
+                    "%s[%d] has ended at offset %d; waiting for moveline repartition to say where "
+                    "the log goes on",
+                    *place,
+                    offset,
+                )
+                self.done[place] = offset
+                self.sealed.add(place)
 
     def _drop_chunks(self) -> None:
         if self.effects.processor.chunk_cap is not None:
@@ -291,19 +354,30 @@ class _Run:
         """Find out where Redis stands and read every unplaced partition from there."""
         if not self.unplaced:
             return
+        topics = self.worker.topics
+        owned, _ = self._partitions(self.owned)
+        catch_up = None if self.watch is None else self.watch.catch_up
+        if catch_up is not None and not catch_up.step(owned):
+            return
+        self._check_width(consumer)
         # Redis may be an older one: what it is read from again is written again.
         self.effects.forget()
-        topics = self.worker.topics
         events, items = self._partitions(self.unplaced)
         starts = {
             **{(topics.events, p): at for p, at in self.effects.processor.assign(events).items()},
             **{(topics.items, p): at for p, at in self.items.assign(items).items()},
         }
+        if catch_up is not None and not catch_up.confirm(self.effects.processor, events):
+            return
         self._learn_committed(consumer, starts)
         self.done |= {place: self._seek(consumer, place, at) for place, at in starts.items()}
         consumer.resume([TopicPartition(*place) for place in self.unplaced])
         self.unplaced = set()
         self.progress_at = self.worker.clock()
+
+    def _check_width(self, consumer: Consumer) -> None:
+        if self.watch is not None:
+            self.watch.check_width(consumer)
 
     def _learn_committed(self, consumer: Consumer, starts: dict[Place, int]) -> None:
         """Read again what Kafka was not told of; dead letters before that are known to be safe."""
@@ -342,10 +416,19 @@ class _Run:
     def _unplace(self, consumer: Consumer, places: Iterable[Place]) -> None:
         gone = set(places)
         self.unplaced |= gone
+        if self.watch is not None and self.watch.catch_up is not None:
+            self.watch.catch_up.reset()
         for place in gone:
             self.done.pop(place, None)
             self.pending.pop(place, None)
+        self._reopen(gone)
         consumer.pause([TopicPartition(*place) for place in gone])
+
+    def _reopen(self, places: Iterable[Place]) -> None:
+        """Forget where partitions ended: read again, they end there again."""
+        for place in self.sealed.intersection(places):
+            self.sealed.discard(place)
+            self.effects.seals.pop(place[1], None)
 
     def _pause(self, consumer: Consumer, error: Exception) -> None:
         if not self.is_paused:
@@ -362,9 +445,10 @@ class _Run:
             self.progress_at = self.worker.clock()
             log.info("resumed")
 
-    def _keep_checkpoints(self) -> None:
+    def _keep_checkpoints(self, consumer: Consumer) -> None:
         if self.worker.clock() - self.idle_at > IDLE_INTERVAL_S:
             self.idle_at = self.worker.clock()
+            self._check_width(consumer)
             self.effects.processor.advance_idle(self._event_ends())
             self.items.check(self._partitions(self.done)[1])
             self.num_out_of_step = 0
@@ -405,7 +489,8 @@ class _Run:
         for partition, end in self._event_ends().items():
             at = TopicPartition(self.worker.topics.events, partition)
             _, high = consumer.get_watermark_offsets(at, cached=True)
-            lag = max(0, high - end)
+            is_ended = (at.topic, partition) in self.sealed
+            lag = 0 if is_ended else max(0, high - end)
             behind += lag
             self.worker.metrics.lag.labels(str(partition)).set(lag)
         self._refuse_standstill(behind)
@@ -452,6 +537,7 @@ class _Run:
             self.done.pop(place, None)
             self.told.pop(place, None)
             self.pending.pop(place, None)
+        self._reopen(gone)
         events = [p for topic, p in gone if topic == self.worker.topics.events]
         self.effects.processor.revoke(events)
 

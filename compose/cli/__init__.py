@@ -10,7 +10,18 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from compose.cli import answers, data, forget, lake, models, nearline, operate, skew, stack
+from compose.cli import (
+    answers,
+    data,
+    forget,
+    lake,
+    models,
+    nearline,
+    operate,
+    repartition,
+    skew,
+    stack,
+)
 from compose.errors import ComposeError
 from features.errors import FeatureError
 from scoring.errors import ScoringError
@@ -37,6 +48,7 @@ lake.register(app)
 models.register(app)
 answers.register(app)
 operate.register(app)
+repartition.register(app)
 nearline.register(app)
 forget.register(app)
 skew.register(app)

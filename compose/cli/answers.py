@@ -33,7 +33,10 @@ def recommend(
     k: Annotated[int, typer.Option("-k", help="Items per user.")] = 10,
     min_position: Annotated[
         str | None,
-        typer.Option(help="PARTITION:OFFSET of an event the answer must have seen."),
+        typer.Option(
+            help="PARTITION:OFFSET of an event the answer must have seen (moveline status names "
+            "the topic; after a repartition SOURCE:PARTITION:OFFSET)."
+        ),
     ] = None,
     exclude_seen: Annotated[bool, typer.Option(help="Leave out items seen lately.")] = False,
     deadline: Annotated[float, typer.Option(help="Seconds for the whole call.")] = 2.0,
@@ -66,10 +69,15 @@ def recommend(
 def _position(raw: str | None) -> tuple[int, int] | None:
     if raw is None:
         return None
-    partition, _, offset = raw.partition(":")
-    if not (partition.isdigit() and offset.isdigit()):
-        raise typer.BadParameter(f"{raw!r} is not PARTITION:OFFSET, for example 2:41")
-    return int(partition), int(offset)
+    from features.keys import log_partition
+
+    parts = raw.split(":")
+    if len(parts) not in {2, 3} or not all(part.isdigit() for part in parts):
+        raise typer.BadParameter(
+            f"{raw!r} is neither PARTITION:OFFSET, for example 2:41, nor SOURCE:PARTITION:OFFSET"
+        )
+    source, partition, offset = map(int, ["0", *parts][-3:])
+    return log_partition(source, partition), offset
 
 
 def item_label(item: Item | None) -> tuple[str, str]:

@@ -77,6 +77,7 @@ def produce(
     Example: moveline produce tx.parquet --map user_id=household_id --map item_id=product_id
     --map event_time_ms=transaction_timestamp --map domain=department --const action=purchase
     """
+    from streams.chain import current_topics
     from streams.columns import parse_mapping
     from streams.producer import EventProducer
     from streams.publish import publish_events
@@ -84,6 +85,7 @@ def produce(
 
     settings = options.settings_of(config, kafka=kafka)
     kafka_config, topics = options.kafka_of(settings)
+    topics = current_topics(kafka_config, topics)
     mapping = parse_mapping(maps or (), constants or (), time_unit=time_unit)
     events = read_events(source, mapping=mapping, file_format=file_format)
     with EventProducer(kafka_config, topics.events, msgpack=msgpack) as producer:
@@ -130,14 +132,14 @@ def load_items(
 @topics_app.command("create")
 def create_topics(*, kafka: options.Kafka = None, config: options.Config = None) -> None:
     """Create the topics that are missing and check those that exist."""
-    from streams.kafka import ensure_topics
+    from streams.chain import ensure_installation
 
     settings = options.settings_of(config, kafka=kafka)
-    kafka_config, topics = options.kafka_of(settings)
-    specs = topics.specs(
-        partitions=settings.kafka.partitions, replication=settings.kafka.replication
+    created = ensure_installation(
+        *options.kafka_of(settings),
+        partitions=settings.kafka.partitions,
+        replication=settings.kafka.replication,
     )
-    created = ensure_topics(kafka_config, specs)
     Console(stderr=True).print(f"created: {', '.join(created) or 'none, all were there and right'}")
 
 
@@ -213,15 +215,13 @@ def lake(
 
     Where it continues is decided by the files alone; a crash leaves whole files only.
     """
-    from streams.lake import LakeSink
+    from streams.lake_chain import LogSink
 
     settings = options.settings_of(config, kafka=kafka, lake=path)
     kafka_config, topics = options.kafka_of(settings)
-    sink = LakeSink(
-        kafka_config, topics.events, Path(settings.lake.path), flush_s=settings.lake.flush_s
-    )
+    sink = LogSink(kafka_config, topics, Path(settings.lake.path), flush_s=settings.lake.flush_s)
     report = sink.run(stop_on_signals(), until_end=until_end, progress=True)
     Console(stderr=True).print(
         f"{report.num_rows:,} events written, "
-        f"{report.num_invalid:,} malformed left out; lake at {settings.lake.path}"
+        f"{report.num_invalid:,} that are no events left out; lake at {settings.lake.path}"
     )

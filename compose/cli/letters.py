@@ -104,9 +104,11 @@ def redrive_letters(
     For when the cause is gone (an action was added to a new generation, a key was mended by an
     upgrade). Each letter is sent once; one that is refused again comes back as a new letter.
     """
+    from streams.chain import current_topics
     from streams.redrive import redrive
 
     kafka_config, topics = options.kafka_of(options.settings_of(config, kafka=kafka))
+    topics = current_topics(kafka_config, topics)
     report = redrive(kafka_config, topics, reason=reason, dry_run=dry_run, shown=not dry_run)
     counts = ", ".join(f"{n:,} {why}" for why, n in report.sent.most_common()) or "none"
     verb = "would be sent" if dry_run else "sent"

@@ -136,27 +136,21 @@ def audit(
     from features.generations import Generations
     from streams.audit import audit as run_audit
     from streams.compare import compare_generations
-    from streams.event_log import EventLog, some_buckets
-    from streams.kafka import end_offsets
+    from streams.event_log import some_buckets
 
     settings = options.settings_of(config, kafka=kafka, redis=redis, lake=lake)
     here = installation(settings)
     store = here.store(_number(generation))
     built = Generations(here.client).built(store.generation)
     origin = "earliest" if built is None else built.origin
-    events = EventLog(
-        kafka=here.kafka,
-        topic=here.topics.events,
-        lake=settings.lake.path,
-        prefer_lake=origin == "lake",
-    )
-    report = run_audit(events, store, built, num_users=users, shown=True)
+    logs = here.logs(lake=settings.lake.path, prefer_lake=origin == "lake")
+    report = run_audit(logs, store, built, num_users=users, shown=True)
     is_right = _print_audit(report, generation)
     other = here.live() if against is None else _number(against)
     if other is not None and other != store.generation:
         total = max(1, report.num_users)
         share = min(1.0, users / max(total, Generations(here.client).count_users()[other]))
-        partitions = list(end_offsets(here.kafka, here.topics.events))
+        partitions = {events.source: events.end_offsets() for events in logs}
         result = compare_generations(store, here.store(other), some_buckets(share), partitions)
         _print_comparison(result, f"g{other}")
         is_right &= result.is_equal or not result.same_rules
@@ -293,8 +287,8 @@ def _dry_run(
     keep = some_buckets(sample / max(sample, total))
     if request.users is not None:
         keep = request.users.__contains__
-    events = request.event_log(here.kafka, here.topics.events)
-    return dry_run(events, request, settings.state_config(), live, keep, stop, shown=True)
+    logs = here.logs(lake=settings.lake.path, prefer_lake=request.origin == "lake")
+    return dry_run(logs, request, settings.state_config(), live, keep, stop, shown=True)
 
 
 def _follow(settings: Settings, builder: Replay, stop: StopEvent) -> None:

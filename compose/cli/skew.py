@@ -92,6 +92,7 @@ def skew(
 
 
 def _source(settings: Settings) -> SkewSource:
+    from features.lake import log_topics
     from streams.skew import SkewSource
 
     kafka, topics = options.kafka_of(settings)
@@ -99,7 +100,7 @@ def _source(settings: Settings) -> SkewSource:
     return SkewSource(
         kafka=kafka,
         feature_log=topics.feature_log,
-        events=[topics.events],
+        events=log_topics(settings.lake.path, topics.events),
         lake=settings.lake.path,
         rules=catalogue.recorded_config,
     )

@@ -117,13 +117,13 @@ def remember(settings: Settings, addresses: Addresses) -> Settings:
 def prepare(settings: Settings, console: Console) -> None:
     """Create the topics and load what Triton serves."""
     from compose.serving import load_served_models
-    from streams.kafka import ensure_topics
+    from streams.chain import ensure_installation
 
-    kafka, topics = options.kafka_of(settings)
-    specs = topics.specs(
-        partitions=settings.kafka.partitions, replication=settings.kafka.replication
+    created = ensure_installation(
+        *options.kafka_of(settings),
+        partitions=settings.kafka.partitions,
+        replication=settings.kafka.replication,
     )
-    created = ensure_topics(kafka, specs)
     console.print(f"topics created: {', '.join(created) or 'none, all were there'}")
     console.print(f"models loaded: {', '.join(load_served_models(settings))}")
 

@@ -22,6 +22,7 @@ from streams.kafka.admin import (
     offsets_for_time,
     partition_count,
     topic_settings,
+    topic_width,
     watermarks,
 )
 from streams.kafka.clients import (
@@ -55,5 +56,6 @@ __all__ = [
     "offsets_for_time",
     "partition_count",
     "topic_settings",
+    "topic_width",
     "watermarks",
 ]

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from concurrent.futures import Future
 
+    from confluent_kafka import Consumer
+
     from streams.topics import TopicSpec
 
 _Answer = TypeVar("_Answer")
@@ -39,6 +41,8 @@ _LATEST: Final[Callable[[], OffsetSpec]] = OffsetSpec.latest
 _AT_TIME: Final[Callable[[int], OffsetSpec]] = OffsetSpec.for_timestamp
 
 _SETTLING_RETRY_S: Final = 0.05
+# Asked again a few seconds later; a worker that waits applies nothing meanwhile.
+_WIDTH_TIMEOUT_S: Final = 1.0
 _NO_GROUP: Final = KafkaError.GROUP_ID_NOT_FOUND
 
 
@@ -85,6 +89,19 @@ def topic_settings(
 ) -> dict[str, dict[str, str]]:
     """Return the settings of each topic, by name; errors as for `watermarks`."""
     return _settings(_admin(config), config, topics, timeout_s)
+
+
+def topic_width(consumer: Consumer, topic: str) -> int | None:
+    """Return how many partitions a topic that exists has now; None: the broker did not say.
+
+    One request on the consumer's own connection, so that a worker can ask every few seconds.
+    """
+    try:
+        found = consumer.list_topics(topic, timeout=_WIDTH_TIMEOUT_S).topics[topic]
+    except KafkaException as error:
+        LOG.warning("partitions of %s not known: %s", topic, error.args[0].str())
+        return None
+    return None if found.error is not None else len(found.partitions)
 
 
 def watermarks(

@@ -15,7 +15,7 @@ from features import keys
 from features.generations import Generations
 from streams.audit import audit
 from streams.compare import compare_generations, dry_run
-from streams.event_log import EventLog, some_buckets
+from streams.event_log import some_buckets
 from streams.replay import ReplayRequest
 from tests.conftest import SMALL
 from tests.replay.rows import everything
@@ -48,15 +48,14 @@ def dry(
 ) -> Comparison:
     """Return the comparison of a dry run over all users."""
     request = request or ReplayRequest()
-    events = request.event_log(place.kafka, place.topics.events)
-    return dry_run(events, request, config, place.live, ALL, Event())
+    logs = place.here.logs(lake=request.lake, prefer_lake=request.origin == "lake")
+    return dry_run(logs, request, config, place.live, ALL, Event())
 
 
 def checked(place: Place, store: StateStore, lake: Path | None = None) -> AuditReport:
     """Return the audit of every user of a generation."""
-    events = EventLog(kafka=place.kafka, topic=place.topics.events, lake=lake)
     built = Generations(store.client).built(store.generation)
-    return audit(events, store, built, num_users=100_000)
+    return audit(place.here.logs(lake=lake), store, built, num_users=100_000)
 
 
 def test_a_dry_run_with_the_same_rules_equals_the_live_generation(filled: Place) -> None:
@@ -124,12 +123,12 @@ def checked_times(place: Place) -> list[int]:
 def test_two_generations_compare(filled: Place) -> None:
     again = filled.fresh()
     filled.build(again)
-    result = compare_generations(again, filled.live, ALL, PARTITIONS)
+    result = compare_generations(again, filled.live, ALL, {0: PARTITIONS})
     assert result.is_equal
     assert result.num_equal == len(everything(filled.live).rows)
     victim = sorted(everything(again).rows)[3]
     again.client.delete(keys.row_key(again.generation, victim))
-    result = compare_generations(again, filled.live, ALL, PARTITIONS)
+    result = compare_generations(again, filled.live, ALL, {0: PARTITIONS})
     assert (result.missing, result.examples) == (1, {victim: "only in the live one"})
 
 

@@ -207,7 +207,7 @@ def _idle_too_far(self: Processor, ends: Mapping[int, int]) -> None:
 def _states_before_letters(self: Effects, records: Iterable[Record]) -> Report:
     batch = sort_records(records, self.processor.config)
     report = self.apply_batch(batch)
-    self._send_dead_letters(batch)
+    self.send_dead_letters(batch)
     return report
 
 
