@@ -7,9 +7,10 @@ bytes as they came from Redis, behind one another, are the arrays.
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+import msgspec
 import numpy as np
 
 from features.errors import CorruptRowError
@@ -192,7 +193,7 @@ def _flush_right(row: bytes, width: int, config: StateConfig) -> bytes:
     """Return the row's last bytes, zeros before a shorter one."""
     if not row.endswith(_ENDING) or row[_DEPARTED_AT] != _NONE_DEPARTED:
         state, _ = decode_newest(row)
-        row = encode_row(replace(state, departed=()), len(config.actions))
+        row = encode_row(msgspec.structs.replace(state, departed=()), len(config.actions))
     return row[-width:].rjust(width, b"\0")
 
 
