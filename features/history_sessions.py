@@ -9,7 +9,7 @@ Legend: N events, G labels, A actions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,8 +17,6 @@ import numpy as np
 from features.state import EMPTY_STATE, Accepted, Position, UserSession, step
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from features.config import StateConfig
     from features.history import Bools, History, Int64s, LabelGroups
 
@@ -68,12 +66,8 @@ class SessionHistory:
         in_order = (labels.num_late_G == 0) & (
             labels.first_row_G <= self._first_late_U[labels.user_G]
         )
-        slow = np.flatnonzero(~in_order)
-        for user in np.unique(labels.user_G[slow]):
-            replay = _Replay(self._log, int(user), self._config)
-            for place in slow[labels.user_G[slow] == user]:
-                ordinal, time_ms = labels.first_ordinal_G[place], labels.time_ms_G[place]
-                sessions.put(int(place), replay.at(int(ordinal), int(time_ms)))
+        for place in np.flatnonzero(~in_order):
+            sessions.put(int(place), _replayed(self._log, labels, int(place), self._config))
         return sessions
 
     def _runs(self, labels: LabelGroups) -> Sessions:
@@ -130,50 +124,26 @@ def _first_late_rows(log: History) -> Int64s:
     return first
 
 
-class _Replay:
-    """One user's events through the real step, in order of arrival."""
+def _replayed(
+    log: History, labels: LabelGroups, place: int, config: StateConfig
+) -> UserSession | None:
+    """Return one label's session: what is known there through the real step, as it arrived.
 
-    def __init__(self, log: History, user: int, config: StateConfig) -> None:
-        begin, end = log.offsets[user], log.offsets[user + 1]
-        order = begin + np.argsort(log.ordinal_N[begin:end])
-        self._ordinals = log.ordinal_N[order]
-        # Repeats are out already: each event gets an id of its own.
-        self._events = [
-            Accepted(Position(0, 0, n), 0, 0, time_ms, 0, n, dwell_ms, 0.0, action)
-            for n, (time_ms, dwell_ms, action) in enumerate(
-                zip(
-                    log.event_time_ms_N[order].tolist(),
-                    log.dwell_ms_N[order].tolist(),
-                    log.action_N[order].tolist(),
-                    strict=True,
-                )
-            )
-        ]
-        self._newest_ms = np.maximum.accumulate(log.event_time_ms_N[order])
-        self._config = replace(config, dedup_window=1)
-        self._after: list[UserSession | None] = [None]
-
-    def at(self, ordinal: int, time_ms: int) -> UserSession | None:
-        """Return the session of what arrived before the ordinal and is dated before the time."""
-        num_arrived = int(np.searchsorted(self._ordinals, ordinal))
-        if num_arrived and self._newest_ms[num_arrived - 1] >= time_ms:
-            known = [one for one in self._events[:num_arrived] if one.event_time_ms < time_ms]
-            return self._named(step(EMPTY_STATE, known, self._config).state.user_session, known)
-        if len(self._after) == 1:
-            self._replay_all()
-        return self._after[num_arrived]
-
-    def _replay_all(self) -> None:
-        state = EMPTY_STATE
-        for event in self._events:
-            state = step(state, (event,), self._config).state
-            self._after.append(self._named(state.user_session, self._events))
-
-    def _named(
-        self, session: UserSession | None, stepped: Sequence[Accepted]
-    ) -> UserSession | None:
-        """Return the session by the ordinal of its first event: the step counted from 0."""
-        if session is None:
-            return None
-        first = stepped[session.session_id].event_hash
-        return session._replace(session_id=int(self._ordinals[first]))
+    Only the newest events without a gap between them matter. The session holds the newest event
+    known, and one that is more than a gap away from all of them neither extends nor moves it.
+    """
+    rows = np.arange(log.offsets[labels.user_G[place]], labels.first_row_G[place])
+    rows = rows[log.ordinal_N[rows] < labels.first_ordinal_G[place]]
+    gaps = np.flatnonzero(np.diff(log.event_time_ms_N[rows]) > config.session_gap_ms)
+    rows = rows[gaps[-1] + 1 :] if gaps.size else rows
+    rows = rows[np.argsort(log.ordinal_N[rows])]
+    columns = (log.event_time_ms_N, log.dwell_ms_N, log.action_N)
+    values = zip(*(column[rows].tolist() for column in columns), strict=True)
+    # Repeats are out already: each event gets an id of its own.
+    events = [
+        Accepted(Position(0, 0, n), 0, 0, time_ms, 0, n, dwell_ms, 0.0, action)
+        for n, (time_ms, dwell_ms, action) in enumerate(values)
+    ]
+    session = step(EMPTY_STATE, events, config).state.user_session
+    # The step counted from 0: the session is named by the ordinal of its first event.
+    return session and session._replace(session_id=int(log.ordinal_N[rows[session.session_id]]))

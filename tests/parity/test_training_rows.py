@@ -63,7 +63,7 @@ def test_a_training_row_is_what_a_reader_was_given(logs: Logs, data: st.DataObje
         write_logs(root, logs)
         users = {
             user: Timeline(events, SMALL)
-            for user, events in read_user_logs(root, TOPIC, logs.keys(), SMALL).items()
+            for user, events in read_user_logs(root, [TOPIC], logs.keys(), SMALL).items()
             if events
         }
         frame = []
