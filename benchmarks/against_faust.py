@@ -32,7 +32,8 @@ WARM_UP_SHARE: Final = 10
 SAMPLE: Final = 200
 # The oracle's time grows with the square of a user's events.
 ORACLE_EVENTS_MAX: Final = 2_000
-_TOPICS: Final = Topics("bench-faust")
+# What an agent that takes events in batches takes at once.
+BATCH_MAX: Final = 1_000
 _CONFIG: Final = StateConfig()
 _FINISH_TIMEOUT_S: Final = 300.0
 _POLL_S: Final = 0.1
@@ -42,16 +43,23 @@ class UnequalError(Exception):
     """The agent's state is not the oracle's: its rate would say nothing."""
 
 
-def faust_rate(stack: LocalStack, kafka: KafkaConfig, users: Sequence[int]) -> float:
-    """Return the events/s of the Faust agent over one event of each entry of `users`.
+def faust_rate(
+    stack: LocalStack, kafka: KafkaConfig, users: Sequence[int], *, batch_max: int = 1
+) -> float:
+    """Return the events/s of a Faust agent over one event of each entry of `users`.
+
+    It takes an event at a time, or up to `batch_max`.
 
     Raises:
         UnequalError: a sampled user's state is not what the oracle says.
         TimeoutError: it did not get to the end.
     """
-    ensure_topics(kafka, _TOPICS.specs(partitions=4, replication=1))
-    publish(kafka, users, topic=_TOPICS.events)
-    command = [sys.executable, "-m", "benchmarks.faust_agent", "--topic", _TOPICS.events]
+    topics = Topics(f"bench-faust-{batch_max}")
+    execute(connect(stack.addresses.redis), "FLUSHALL")
+    ensure_topics(kafka, topics.specs(partitions=4, replication=1))
+    publish(kafka, users, topic=topics.events)
+    command = [sys.executable, "-m", "benchmarks.faust_agent", "--topic", topics.events]
+    command += ["--batch-max", str(batch_max)]
     command += ["--kafka", stack.addresses.kafka, "--redis", stack.addresses.redis]
     command += ["--events", str(len(users)), "--warm-up", str(len(users) // WARM_UP_SHARE)]
     log = stack.spawn("faust", command).log
@@ -63,7 +71,7 @@ def faust_rate(stack: LocalStack, kafka: KafkaConfig, users: Sequence[int]) -> f
             )
         time.sleep(_POLL_S)
     stack.stop("faust")
-    _compare(stack, _events_by_user(kafka))
+    _compare(stack, _events_by_user(kafka, topics))
     return float(json.loads(lines[-1])["events_per_s"])
 
 
@@ -75,9 +83,9 @@ def _is_line(text: str) -> bool:
     return text.startswith('{"num_events"')
 
 
-def _events_by_user(kafka: KafkaConfig) -> dict[int, list[Accepted]]:
-    ends = end_offsets(kafka, _TOPICS.events)
-    events = EventLog(kafka=kafka, topic=_TOPICS.events)
+def _events_by_user(kafka: KafkaConfig, topics: Topics) -> dict[int, list[Accepted]]:
+    ends = end_offsets(kafka, topics.events)
+    events = EventLog(kafka=kafka, topic=topics.events)
     by_user: dict[int, list[Accepted]] = {}
     with closing(events.batches(dict.fromkeys(ends, 0), ends, _CONFIG)) as batches:
         for batch in batches:

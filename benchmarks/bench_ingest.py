@@ -16,7 +16,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from benchmarks.against_faust import faust_rate
+from benchmarks.against_faust import BATCH_MAX, faust_rate
 from benchmarks.common import (
     CONSOLE,
     TOPICS,
@@ -86,12 +86,16 @@ def main_run() -> dict[str, float]:
         stack.stop(worker.name)
         faust = faust_rate(stack, kafka, users[:FAUST_EVENTS])
         CONSOLE.print(f"Faust agent: {faust:,.0f} events/s")
+        batched = faust_rate(stack, kafka, users[:FAUST_EVENTS], batch_max=BATCH_MAX)
+        CONSOLE.print(f"in batches of up to {BATCH_MAX:,}: {batched:,.0f} events/s")
         return {
             "events_per_s": round(rate),
             "floor_events_per_s": round(floor_rate),
             "floor_ratio": round(rate / floor_rate, 3),
             "faust_events_per_s": round(faust),
             "ratio_to_faust": round(rate / faust, 1),
+            "faust_batched_events_per_s": round(batched),
+            "ratio_to_faust_batched": round(rate / batched, 1),
             "bytes_per_user": round(per_user),
             "bytes_per_event": round(per_event),
             "worker_mb": round(resident_mb),

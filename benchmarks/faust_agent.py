@@ -1,13 +1,16 @@
 """The worker's job as a Faust agent: what a Python team would write with the framework.
 
+Two forms of it: a plain agent, which takes an event at a time, as the framework's own examples do,
+and one that takes up to 1,000 (`--batch-max`), which is as far as we know how to tune it.
+
 Tail of 512, rolling session, duplicate window of 256 and position for each user, kept in Redis for
 recommenders to read. What was chosen in the framework's favour, each as its documents advise for
 throughput:
 
 - Redis, not a Table: recommenders read Redis anyway, and a Table would send a user's whole tail to
   its changelog topic for every single event;
-- `take_events` of up to 1,000, one pipelined transaction for each, so Redis is asked once a batch;
-  states stay in this process' memory and are read from Redis only for users not seen yet;
+- one pipelined transaction for what was taken, so Redis is asked once for it; states stay in this
+  process' memory and are read from Redis only for users not seen yet;
 - raw values decoded by msgspec, as the worker does: a `faust.Record` of JSON is several times
   slower;
 - uvloop, Faust's Cython streams, hiredis; no web server, no tables, a longer commit interval than
@@ -49,7 +52,6 @@ if TYPE_CHECKING:
     from redis.asyncio.client import Pipeline
 
 TAIL: Final = 512
-BATCH_MAX: Final = 1_000
 BATCH_WAIT_S: Final = 0.05
 _CONFIG: Final = StateConfig()
 # (event time, ordinal, event id, item, domain, dwell, action), as JSON in the user's list.
@@ -225,13 +227,13 @@ class Job:
             sys.stdout.flush()
 
 
-def make_app(kafka: str, topic: str, job: Job) -> faust.App:
-    """Return the app with its one agent."""
+def make_app(kafka: str, topic: str, job: Job, *, batch_max: int) -> faust.App:
+    """Return the app with its one agent, which takes up to `batch_max` events at a time."""
     app = faust.App(
-        "moveline-bench-faust",
+        topic,
         broker=[f"kafka://{address}" for address in kafka.split(",")],
         store="memory://",
-        datadir=Path(tempfile.gettempdir()) / "moveline-bench-faust",
+        datadir=Path(tempfile.gettempdir()) / topic,
         web_enabled=False,
         processing_guarantee="at_least_once",
         consumer_auto_offset_reset="earliest",
@@ -247,10 +249,15 @@ def make_app(kafka: str, topic: str, job: Job) -> faust.App:
     events = app.topic(topic, value_type=bytes, value_serializer="raw", key_serializer="raw")
 
     async def keep_states(stream: StreamT[bytes]) -> None:
-        async for batch in stream.take_events(BATCH_MAX, within=BATCH_WAIT_S):
+        async for event in stream.events():
+            await job.take([event])
+
+    async def keep_states_batched(stream: StreamT[bytes]) -> None:
+        async for batch in stream.take_events(batch_max, within=BATCH_WAIT_S):
             await job.take(batch)
 
-    app.agent(events, name="moveline.bench")(keep_states)
+    agent = keep_states if batch_max == 1 else keep_states_batched
+    app.agent(events, name="moveline.bench")(agent)
     return app
 
 
@@ -262,10 +269,11 @@ def main() -> None:
     parser.add_argument("--topic", required=True)
     parser.add_argument("--events", type=int, required=True)
     parser.add_argument("--warm-up", type=int, required=True)
+    parser.add_argument("--batch-max", type=int, default=1)
     given = parser.parse_args()
     mode.loop.use("uvloop")
     job = Job(Redis.from_url(given.redis), given.events, given.warm_up)
-    app = make_app(given.kafka, given.topic, job)
+    app = make_app(given.kafka, given.topic, job, batch_max=given.batch_max)
     faust.Worker(app, loglevel="WARNING").execute_from_commandline()
 
 

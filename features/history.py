@@ -56,6 +56,11 @@ class History:
         """Number of rows."""
         return len(self.item_id_N)
 
+    @property
+    def next_ordinals(self) -> Int64s:
+        """What each user's next event would get [U]; after a forget not the number of rows."""
+        return np.maximum.reduceat(self.ordinal_N, self.offsets[:-1]) + 1
+
     @classmethod
     def from_columns(cls, columns: Mapping[str, NDArray[Any]]) -> Self:
         """Order plain columns of equal length, at least one row.
@@ -185,7 +190,7 @@ def _arrivals_at(log: History, user_G: Int64s, first_row_G: Int64s, after_G: Int
     shift = log.user_N * span
     lowest = np.minimum.accumulate((log.ordinal_N + shift)[::-1])[::-1] - shift
     is_inside = first_row_G < log.offsets[user_G + 1]
-    later = np.where(is_inside, np.append(lowest, 0)[first_row_G], span)
+    later = np.where(is_inside, np.append(lowest, 0)[first_row_G], log.next_ordinals[user_G])
     at = np.flatnonzero(after_G > first_row_G)
     if at.size:
         # Pairs of (first, after); what lies between two labels is computed and not looked at.

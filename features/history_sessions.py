@@ -17,6 +17,8 @@ import numpy as np
 from features.state import EMPTY_STATE, Accepted, Position, UserSession, step
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from features.config import StateConfig
     from features.history import Bools, History, Int64s, LabelGroups
 
@@ -134,6 +136,7 @@ class _Replay:
     def __init__(self, log: History, user: int, config: StateConfig) -> None:
         begin, end = log.offsets[user], log.offsets[user + 1]
         order = begin + np.argsort(log.ordinal_N[begin:end])
+        self._ordinals = log.ordinal_N[order]
         # Repeats are out already: each event gets an id of its own.
         self._events = [
             Accepted(Position(0, 0, n), 0, 0, time_ms, 0, n, dwell_ms, 0.0, action)
@@ -152,18 +155,25 @@ class _Replay:
 
     def at(self, ordinal: int, time_ms: int) -> UserSession | None:
         """Return the session of what arrived before the ordinal and is dated before the time."""
-        ordinal = min(ordinal, len(self._events))
-        if ordinal and self._newest_ms[ordinal - 1] >= time_ms:
-            known = [event for event in self._events[:ordinal] if event.event_time_ms < time_ms]
-            session = step(EMPTY_STATE, known, self._config).state.user_session
-            # The step counted the known events only: give the id its ordinal back.
-            return session and session._replace(session_id=known[session.session_id].event_hash)
+        num_arrived = int(np.searchsorted(self._ordinals, ordinal))
+        if num_arrived and self._newest_ms[num_arrived - 1] >= time_ms:
+            known = [one for one in self._events[:num_arrived] if one.event_time_ms < time_ms]
+            return self._named(step(EMPTY_STATE, known, self._config).state.user_session, known)
         if len(self._after) == 1:
             self._replay_all()
-        return self._after[ordinal]
+        return self._after[num_arrived]
 
     def _replay_all(self) -> None:
         state = EMPTY_STATE
         for event in self._events:
             state = step(state, (event,), self._config).state
-            self._after.append(state.user_session)
+            self._after.append(self._named(state.user_session, self._events))
+
+    def _named(
+        self, session: UserSession | None, stepped: Sequence[Accepted]
+    ) -> UserSession | None:
+        """Return the session by the ordinal of its first event: the step counted from 0."""
+        if session is None:
+            return None
+        first = stepped[session.session_id].event_hash
+        return session._replace(session_id=int(self._ordinals[first]))

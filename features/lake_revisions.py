@@ -19,7 +19,6 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -36,7 +35,6 @@ from features.lake import (
     list_partitions,
     log_topics,
     partition_folder,
-    read_file,
     write_file,
 )
 from features.lake_lock import REVISION_LOCK_NAME, locked
@@ -183,64 +181,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def drop_user(
-    root: Path,
-    topic: str,
-    user_id: int,
-    *,
-    now_ms: int,
-    before: tuple[int, int] | None = None,
-    reason: str = "forget",
-) -> list[Manifest]:
-    """No file that counts holds an event of the user; return the revisions made for it.
-
-    What the sink still holds in memory or has not read yet comes later: wait until
-    `features.lake.next_offset` has passed the offset in question.
-
-    Args:
-        root: the lake's folder.
-        topic: the log's first one; those that follow it are rewritten too.
-        user_id: whose events.
-        now_ms: kept in the manifests.
-        before: source and offset of the user's first event that stays; all go if left out.
-        reason: kept in the manifests; it names no user.
-
-    Raises:
-        LakeError: a hole, or a file cannot be read.
-        LakeBusyError: another rewrite is under way.
-    """
-    made = []
-    for place in places(root, topic):
-        stop = _stop_at(place, before)
-        plan = partial(_without_user, user_id=user_id, stop=stop)
-        manifest = rewrite(place, plan, reason=reason, now_ms=now_ms)
-        if manifest:
-            made.append(manifest)
-    return made
-
-
-def _stop_at(place: Place, before: tuple[int, int] | None) -> int | None:
-    """Return the first offset of a partition that stays, None if all go."""
-    if before is None or place.source < before[0]:
-        return None
-    # The user lives in one partition of the source: the offset says nothing wrong of the others.
-    return before[1] if place.source == before[0] else 0
-
-
-def _without_user(
-    files: Sequence[LakeFile], *, user_id: int, stop: int | None
-) -> Iterator[Replacement]:
-    for file in files:
-        if (stop is not None and file.start >= stop) or not count_user(file.path, user_id):
-            continue
-        events = read_file(file)
-        goes = pc.equal(events["user_id"], user_id)
-        if stop is not None:
-            goes = pc.and_(goes, pc.less(events["offset"], pa.scalar(stop, pa.int64())))
-        if pc.any(goes).as_py():
-            yield Replacement((file,), events.filter(pc.invert(goes)))
 
 
 def find_user(root: Path, topic: str, user_id: int) -> list[Found]:

@@ -120,5 +120,7 @@ def _scatter(records: Column, paths: Sequence[Path]) -> None:
 
 def _accepted(records: Column, config: StateConfig) -> Iterator[dict[str, Column]]:
     if records.size:
-        columns = {name: records[name] for name in _SCRATCH.names or ()}
-        yield accept_columns(columns, config)
+        columns = accept_columns({name: records[name] for name in _SCRATCH.names or ()}, config)
+        # Who was forgotten and has done nothing since has no event.
+        if columns["user_id"].size:
+            yield columns

@@ -50,8 +50,8 @@ class Entities:
     Attributes:
         user_id: int64.
         time_ms: int64; what happens at or after it is not known.
-        ordinal: int64, the number of accepted events that were known, as an answer says it and
-            the feature log records it; None finds it from the time.
+        ordinal: int64, the ordinal from which on nothing was known, as an answer says it and the
+            feature log records it; None finds it from the time.
     """
 
     user_id: Int64s
@@ -82,7 +82,7 @@ def training_rows(
 ) -> Iterator[pa.Table]:
     """Yield the labels' features, some users at a time.
 
-    Columns: `user_id`, `event_time_ms` (the label's), `ordinal` (how many events had arrived),
+    Columns: `user_id`, `event_time_ms` (the label's), `ordinal` (that of the next to arrive),
     `newest_event_time_ms` (of those known), `label_item_id` (what came at that very time, in order
     of arrival; a list), then the features. A feature is null where nothing was known of the user.
     With an entity frame also `row`, the row of the frame, every one once, users in no fixed order.
@@ -161,7 +161,9 @@ class _Cut:
         made |= {
             "user_id": pa.array(self.log.user_ids_U[labels.user_G]),
             "event_time_ms": pa.array(labels.time_ms_G),
-            "ordinal": pa.array(self._num_arrived(labels)),
+            "ordinal": pa.array(
+                np.minimum(labels.first_ordinal_G, self.log.next_ordinals[labels.user_G])
+            ),
             "newest_event_time_ms": pa.array(newest_ms, mask=~exists),
             "label_item_id": self._targets(labels),
         }
@@ -178,10 +180,6 @@ class _Cut:
         return known_rows(
             self.log, labels, self.config.recent + (self.config.mid if with_mid else 0)
         )
-
-    def _num_arrived(self, labels: LabelGroups) -> Int64s:
-        sizes = np.diff(self.log.offsets)[labels.user_G]
-        return np.minimum(labels.first_ordinal_G, sizes)
 
     def _targets(self, labels: LabelGroups) -> pa.Array:
         first = np.repeat(labels.first_row_G, labels.num_rows_G)

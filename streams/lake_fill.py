@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import repeat
+from itertools import pairwise, repeat
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -97,13 +97,10 @@ def _to_events(columns: Mapping[str, lake.Column], place: tuple[int, int]) -> li
 
 def _by_user(users: lake.Column, events: list[Accepted]) -> dict[int, list[Accepted]]:
     """Return the events of each user; both arguments are sorted by user."""
-    starts = np.flatnonzero(np.diff(users, prepend=-1)).tolist()
-    return {
-        user: events[start:end]
-        for user, start, end in zip(
-            users[starts].tolist(), starts, [*starts[1:], len(events)], strict=True
-        )
-    }
+    # No id is -1, so these are all edges between users; none where there are no events.
+    edges = np.flatnonzero(np.diff(users, prepend=-1, append=-1)).tolist()
+    spans = [events[start:end] for start, end in pairwise(edges)]
+    return dict(zip(users[edges[:-1]].tolist(), spans, strict=True))
 
 
 # The fields of Accepted, its position apart.

@@ -19,7 +19,7 @@ from feast import FeatureStore, PushSource
 
 from features.definitions import PROJECT, apply, open_store
 from features.errors import EntityFrameError, LakeError, ReadOnlyViewError
-from features.online_store import URL_DEFAULT
+from features.online_config import URL_DEFAULT
 from features.schema import views
 from features.state import Accepted, Position
 from tests.features.strategies import SMALL

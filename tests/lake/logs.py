@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
 from features import oracle
+from features.config import FORGET_ACTION
 from features.events import domain_hash
 from features.lake import LAKE_SCHEMA, file_name, partition_folder
 from features.view import LAST_ITEMS
@@ -31,7 +32,16 @@ FILE_ROWS = 16
 @st.composite
 def users_logs(draw: st.DrawFn, *, max_size: int = 40) -> Logs:
     """Return the logs of up to four users."""
-    lists = draw(st.lists(event_lists(max_size=max_size), min_size=1, max_size=4))
+    # Most logs without a forget: it leaves little of what stands before it.
+    lists = draw(
+        st.lists(
+            st.sampled_from([False, False, False, True]).flatmap(
+                lambda forgets: event_lists(max_size=max_size, forgets=forgets)
+            ),
+            min_size=1,
+            max_size=4,
+        )
+    )
     return {10 * (user + 1): events for user, events in enumerate(lists)}
 
 
@@ -58,7 +68,7 @@ def _row(offset: int, user: int, event: Accepted) -> dict[str, Any]:
         "append_time_ms": event.append_time_ms,
         "user_id": user,
         "item_id": event.item_id,
-        "action": SMALL.actions[event.action],
+        "action": FORGET_ACTION if event.is_forget else SMALL.actions[event.action],
         "event_time_ms": event.event_time_ms,
         "event_hash": event.event_hash,
         "event_id": str(event.event_hash),
@@ -72,12 +82,12 @@ def _row(offset: int, user: int, event: Accepted) -> dict[str, Any]:
 
 def accepted(events: list[Accepted], config: StateConfig) -> list[oracle.Numbered]:
     """Return the events that count, numbered."""
-    taken = [event for event in events if config.actions[event.action] in config.stream_actions]
-    return oracle.accept(taken, config)
+    codes = {config.codes[action] for action in config.entering}
+    return oracle.accept([event for event in events if event.action in codes], config)
 
 
 class Known(NamedTuple):
-    """What the oracle says of a label: how many had arrived, and which of them count."""
+    """What the oracle says of a label: the ordinal not known any more, and the events known."""
 
     ordinal: int
     events: list[oracle.Numbered]
@@ -85,14 +95,15 @@ class Known(NamedTuple):
 
 def known_at(numbered: list[oracle.Numbered], time_ms: int, ordinal: int | None) -> Known:
     """Return it by looking at every event."""
+    end = max((one.ordinal + 1 for one in numbered), default=0)
     if ordinal is None:
         at = [one.ordinal for one in numbered if one.event.event_time_ms == time_ms]
         later = [one.ordinal for one in numbered if one.event.event_time_ms > time_ms]
-        ordinal = min(at or later or [len(numbered)])
+        ordinal = min(at or later or [end])
     events = [
         one for one in numbered if one.ordinal < ordinal and one.event.event_time_ms < time_ms
     ]
-    return Known(min(ordinal, len(numbered)), events)
+    return Known(min(ordinal, end), events)
 
 
 def oracle_features(known: Known, time_ms: int, config: StateConfig) -> dict[str, Any]:

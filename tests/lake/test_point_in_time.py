@@ -112,10 +112,13 @@ def test_a_row_equals_what_a_reader_saw_then(logs: Logs) -> None:
     frame, seen = [], []
     for user, events in logs.items():
         state = EMPTY_STATE
-        for event in events:
-            if SMALL.actions[event.action] not in SMALL.stream_actions:
+        forgets = [n for n, event in enumerate(events) if event.is_forget]
+        for n, event in enumerate(events):
+            if event.action == SMALL.codes["impression"]:
                 continue
             state = step(state, (event,), SMALL).state
+            if n <= max(forgets, default=-1):
+                continue  # what was seen before a forget is in no lake
             clock_ms = int(state.records["event_time_ms"][-1]) + 1
             frame.append((user, clock_ms, state.next_ordinal))
             seen.append(view_user(state, clock_ms, SMALL))

@@ -22,14 +22,13 @@ from features.lake_manifest import MANIFEST_NAME, revision_name
 from features.lake_revisions import (
     PENDING_REVISION_NAME,
     Place,
-    drop_user,
     files_on_disk,
     find_user,
     manifests,
     places,
     remove_old_revisions,
 )
-from tests.lake.writing import START_MS, TOPIC, append, event, rows_of
+from tests.lake.writing import START_MS, TOPIC, append, drop_user, event, rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,7 +94,7 @@ def test_a_late_event_changes_no_published_file(place: Place) -> None:
 def test_a_reader_that_began_before_reads_on(place: Place) -> None:
     began = place.files()
     before = rows_of(began)
-    drop_user(place.root, TOPIC, 2, now_ms=NOW_MS)
+    drop_user(place.root, 2, now_ms=NOW_MS)
     compact(place, now_ms=NOW_MS + 1, growing_files_min=2)
     remove_old_revisions(place, before_ms=NOW_MS - 1)
     assert rows_of(began) == before
@@ -107,7 +106,7 @@ def test_a_reader_that_began_before_reads_on(place: Place) -> None:
 def test_a_user_is_gone_from_what_counts_and_then_from_the_disk(place: Place) -> None:
     before = rows_of(place.files())
     assert sum(found.num_events for found in find_user(place.root, TOPIC, 2)) == 17
-    (made,) = drop_user(place.root, TOPIC, 2, now_ms=NOW_MS)
+    (made,) = drop_user(place.root, 2, now_ms=NOW_MS)
     assert made.revision == 1
     found = find_user(place.root, TOPIC, 2)
     assert found
@@ -118,32 +117,25 @@ def test_a_user_is_gone_from_what_counts_and_then_from_the_disk(place: Place) ->
     assert find_user(place.root, TOPIC, 2) == []
     # Nothing of the user in any byte on disk either, dictionaries included.
     assert not any(b"d-2" in path.read_bytes() for path in place.root.rglob("*.parquet"))
-    assert drop_user(place.root, TOPIC, 2, now_ms=NOW_MS) == []
-
-
-def test_events_after_a_forget_count_again(place: Place) -> None:
-    before = rows_of(place.files())
-    drop_user(place.root, TOPIC, 2, now_ms=NOW_MS, before=(0, 30))
-    assert rows_of(place.files()) == [row for row in before if row[1] != 2 or row[0] >= 30]
+    assert drop_user(place.root, 2, now_ms=NOW_MS) == []
 
 
 def test_a_log_that_goes_on_in_another_topic_is_one_log(place_in: Callable[[int], Place]) -> None:
-    """Of the source named, what is before the offset goes; of those before it, all."""
     first = place_in(0)
     later = [Place(first.root, f"{TOPIC}-{source}", 0, source) for source in (1, 2)]
     for place in (first, *later):
         append(place, [event(n, 7) for n in range(4)])
     assert places(first.root, TOPIC) == [first, *later]
-    drop_user(first.root, TOPIC, 7, now_ms=NOW_MS, before=(1, 3))
-    assert [len(rows_of(place.files())) for place in (first, *later)] == [0, 1, 4]
-    assert sum(one.num_events for one in find_user(first.root, TOPIC, 7) if one.is_current) == 5
+    assert [one.num_events for one in find_user(first.root, TOPIC, 7)] == [4, 4, 4]
+    assert len(drop_user(first.root, 7, now_ms=NOW_MS)) == 3
+    assert not any(one.is_current for one in find_user(first.root, TOPIC, 7))
 
 
 def test_a_user_is_looked_for_in_every_partition(place_in: Callable[[int], Place]) -> None:
     for partition in (0, 1, 2):
         append(place_in(partition), [event(0, 7 if partition != 1 else 8)])
     assert [one.file.partition for one in find_user(place_in(0).root, TOPIC, 7)] == [0, 2]
-    assert len(drop_user(place_in(0).root, TOPIC, 7, now_ms=NOW_MS)) == 2
+    assert len(drop_user(place_in(0).root, 7, now_ms=NOW_MS)) == 2
 
 
 def test_a_file_without_any_event_left_still_covers_its_offsets(
@@ -151,7 +143,7 @@ def test_a_file_without_any_event_left_still_covers_its_offsets(
 ) -> None:
     place = place_in(0)
     append(place, [event(n, 7) for n in range(4)])
-    drop_user(place.root, TOPIC, 7, now_ms=NOW_MS)
+    drop_user(place.root, 7, now_ms=NOW_MS)
     assert [(file.start, file.end) for file in place.files()] == [(0, 3)]
     assert rows_of(place.files()) == []
     assert next_offset(place.root, TOPIC, 0) == 4
@@ -190,7 +182,7 @@ def crash_at(patched: pytest.MonkeyPatch, step: int) -> list[str]:
 
 def forget_and_compact(place: Place) -> None:
     """Two revisions and the removal of what they replaced."""
-    drop_user(place.root, TOPIC, 2, now_ms=NOW_MS)
+    drop_user(place.root, 2, now_ms=NOW_MS)
     compact(place, now_ms=NOW_MS, growing_files_min=2)
     remove_old_revisions(place, before_ms=NOW_MS)
 
@@ -238,7 +230,7 @@ def test_any_order_of_work_reads_as_the_model(tmp_path: Path, seed: int) -> None
             compact(place, now_ms=clock_ms, growing_files_min=source.choice([2, 3, 5]))
         elif work == "drop":
             user = source.randrange(4)
-            drop_user(tmp_path, TOPIC, user, now_ms=clock_ms)
+            drop_user(tmp_path, user, now_ms=clock_ms)
             model = [row for row in model if row[1] != user]
         else:
             remove_old_revisions(place, before_ms=clock_ms - source.choice([0, 3_000]))
@@ -251,7 +243,7 @@ def test_replaced_files_stay_for_as_long_as_said(place: Place) -> None:
     assert remove_old_revisions(place, before_ms=NOW_MS - 1) == []
     assert [one.revision for one in manifests(place)] == [1]
     assert len(remove_old_revisions(place, before_ms=NOW_MS)) == 12
-    drop_user(place.root, TOPIC, 1, now_ms=NOW_MS + 5)
+    drop_user(place.root, 1, now_ms=NOW_MS + 5)
     assert remove_old_revisions(place, before_ms=NOW_MS + 4) == []
     assert [one.revision for one in manifests(place)] == [1, 2]
     assert len(remove_old_revisions(place, before_ms=NOW_MS + 5)) == 1
@@ -260,7 +252,7 @@ def test_replaced_files_stay_for_as_long_as_said(place: Place) -> None:
 
 
 def test_a_lost_manifest_is_named_and_nothing_is_removed(place: Place) -> None:
-    drop_user(place.root, TOPIC, 2, now_ms=NOW_MS)
+    drop_user(place.root, 2, now_ms=NOW_MS)
     compact(place, now_ms=NOW_MS, growing_files_min=2)
     (place.folder / revision_name(2) / MANIFEST_NAME).unlink()
     num_files = len(files_on_disk(place))

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.compute as pc
+
 from features.events import Event
 from features.lake import next_offset, read_file
+from features.lake_revisions import Replacement, places, rewrite
 from streams.lake_file import LakeRow, Partition
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
     from features.lake import LakeFile
+    from features.lake_manifest import Manifest
     from features.lake_revisions import Place
 
 TOPIC = "t.events"
@@ -49,3 +54,17 @@ def rows_of(files: Iterable[LakeFile]) -> list[tuple[int, int, str]]:
         for file in files
         for row in read_file(file).to_pylist()
     ]
+
+
+def drop_user(root: Path, user_id: int, *, now_ms: int) -> list[Manifest]:
+    """Rewrite every file that holds an event of a user without them; return the revisions."""
+
+    def plan(files: Iterable[LakeFile]) -> Iterator[Replacement]:
+        for file in files:
+            events = read_file(file)
+            kept = events.filter(pc.not_equal(events["user_id"], user_id))
+            if kept.num_rows < events.num_rows:
+                yield Replacement((file,), kept)
+
+    made = (rewrite(one, plan, reason="test", now_ms=now_ms) for one in places(root, TOPIC))
+    return [manifest for manifest in made if manifest]
