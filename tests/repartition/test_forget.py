@@ -29,7 +29,7 @@ def test_the_past_in_a_retired_topic_is_gone_too(log: Log, tmp_path: Path) -> No
     following = threading.Thread(target=sink.run, args=(stop,))
     with running(log.kafka, log.topics, log.live) as worker:
         log.wait(worker)
-        log.repartition(3)
+        log.repartition(5)
         log.produce(1_000, source=1)
         log.wait(worker)
         following.start()
@@ -48,5 +48,6 @@ def test_the_past_in_a_retired_topic_is_gone_too(log: Log, tmp_path: Path) -> No
     assert all(log.topics.at(1).events in one.file.path.parts for one in found)
     LogSink(log.kafka, log.topics, tmp_path).run(threading.Event(), until_end=True)
     for origin in ("earliest", "lake"):
-        again, _ = log.replay(ReplayRequest(origin=origin, lake=tmp_path))
+        request = ReplayRequest(origin=origin, lake=tmp_path, waiting_chunks_max=10_000)
+        again, _ = log.replay(request)
         assert everything(again) == everything(log.live), origin
