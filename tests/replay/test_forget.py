@@ -95,7 +95,7 @@ def assert_rebuilt_alike(place: Place, lake: Path) -> None:
             lake=lake,
             prefer_lake=origin == "lake",
         )
-        report = audit(events, again, None, num_users=10_000)
+        report = audit([events], again, None, num_users=10_000)
         assert report.num_wrong == 0, report.wrong
 
 

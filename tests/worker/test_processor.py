@@ -178,6 +178,11 @@ class LostReply:
 
     store: StateStore
 
+    @property
+    def row_format(self) -> RowFormat:
+        """Write rows as the real one does."""
+        return self.store.row_format
+
     def load(self, user_ids: Sequence[int]) -> dict[int, UserState]:
         """Read as the real one does."""
         return self.store.load(user_ids)
