@@ -329,13 +329,13 @@ def test_a_marked_hole_is_no_difference_and_any_other_is(
         request = ReplayRequest(origin="lake", lake=tmp_path, waiting_chunks_max=cap)
         Replay(kafka, topics, wide, catalogue, request).run(Event())
         assert_equals_oracle(wide, kafka, topics, sent)
-        result = compare_generations(wide, store, lambda _: True, range(NUM_PARTITIONS))
+        result = compare_generations(wide, store, lambda _: True, {0: range(NUM_PARTITIONS)})
         assert (result.different, result.num_equal) == (0, report.num_users)
     assert not +marks(again)
     victim = marks(store).most_common(1)[0][0]
     store.client.hincrby(chunks_key(store.generation, victim), FIRST_FIELD.decode(), -1)
     assert set(audit([log], store, None, num_users=1_000).wrong) == {victim}
-    result = compare_generations(again, store, lambda _: True, range(NUM_PARTITIONS))
+    result = compare_generations(again, store, lambda _: True, {0: range(NUM_PARTITIONS)})
     assert set(result.examples) == {victim}
     assert result.examples[victim].startswith("chunks [")
 

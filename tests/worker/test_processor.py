@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from features.redis import BucketWrite, StateStore
+    from features.row import RowFormat
 
 # Two users of one bucket; user 2 lives in another.
 NEIGHBOUR = next(user for user in range(2, 10**6) if bucket_of(user) == bucket_of(1))
