@@ -81,7 +81,7 @@ def is_equal(stack: LocalStack, lake: Path, into: str) -> bool:
     """Return whether every user is as in g1, and a sample is as the oracle says."""
     client, config = connect(stack.addresses.redis), StateConfig()
     stores = [StateStore(client, number, config) for number in (int(into[1:]), 1)]
-    compared = compare_generations(stores[0], stores[1], lambda _: True, range(4))
+    compared = compare_generations(stores[0], stores[1], lambda _: True, {0: range(4)})
     CONSOLE.print(f"{into}: {compared.num_equal:,} of {compared.num_users:,} users as in g1")
     users = str(AUDIT_USERS)
     audited = moveline(stack, lake, "audit", into, "--users", users, "--against", "g1", fails=True)

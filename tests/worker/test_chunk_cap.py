@@ -322,20 +322,20 @@ def test_a_marked_hole_is_no_difference_and_any_other_is(
         wait_caught_up(kafka, topics, worker)
         wait_none_over(worker)
     log = EventLog(kafka=kafka, topic=topics.events, lake=tmp_path)
-    report = audit(log, store, None, num_users=1_000)
+    report = audit([log], store, None, num_users=1_000)
     assert (report.num_wrong, report.num_dropped) == (0, sum(marks(store).values()))
     again = replace(store, generation=store.generation + 700_000)
     for wide, cap in ((again, 10_000), (replace(again, generation=again.generation + 1), 1)):
         request = ReplayRequest(origin="lake", lake=tmp_path, waiting_chunks_max=cap)
         Replay(kafka, topics, wide, catalogue, request).run(Event())
         assert_equals_oracle(wide, kafka, topics, sent)
-        result = compare_generations(wide, store, lambda _: True, range(NUM_PARTITIONS))
+        result = compare_generations(wide, store, lambda _: True, {0: range(NUM_PARTITIONS)})
         assert (result.different, result.num_equal) == (0, report.num_users)
     assert not +marks(again)
     victim = marks(store).most_common(1)[0][0]
     store.client.hincrby(chunks_key(store.generation, victim), FIRST_FIELD.decode(), -1)
-    assert set(audit(log, store, None, num_users=1_000).wrong) == {victim}
-    result = compare_generations(again, store, lambda _: True, range(NUM_PARTITIONS))
+    assert set(audit([log], store, None, num_users=1_000).wrong) == {victim}
+    result = compare_generations(again, store, lambda _: True, {0: range(NUM_PARTITIONS)})
     assert set(result.examples) == {victim}
     assert result.examples[victim].startswith("chunks [")
 
