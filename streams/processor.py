@@ -191,7 +191,8 @@ class Processor:
             if held < end
         ]
         self._write(writes)
-        self._compare(sorted(self.checkpoints.keys() - {write.partition for write in writes}))
+        written = {write.partition for write in writes}
+        self._compare(sorted((ends.keys() & self.checkpoints.keys()) - written))
 
     def _compare(self, partitions: Sequence[int]) -> None:
         for partition, found in self.states.read_checkpoints(self.source, partitions).items():

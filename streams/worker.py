@@ -204,12 +204,14 @@ class _Run:
         owned: partitions that the group has given to this worker.
         unplaced: of those, the ones whose offset to read from is not known yet; they are paused.
         pending: by place, records read and not applied yet: the next ones, or Redis was away.
+        idle_next: partitions whose buckets without events are still to be looked after this round.
         done: the offset after the last applied record of each placed partition, of no other.
         told: what Kafka was told of `done`.
         items: what applies the items topic.
         watch: what is watched of the log's topics, the newest of which is read; None: nothing.
         sealed: partitions of events that have ended.
         is_over: the log goes on in another topic.
+        stood_at: by partition, its place when lag was measured last.
     """
 
     worker: Worker
@@ -227,8 +229,10 @@ class _Run:
     num_out_of_step: int = 0
     committed_at: float = field(init=False)
     idle_at: float = field(init=False)
+    idle_next: list[int] = field(default_factory=list)
     lag_at: float = float("-inf")
     progress_at: float = field(init=False)
+    stood_at: dict[int, int] = field(default_factory=dict)
     last_total: int = -1
 
     def __post_init__(self) -> None:
@@ -405,6 +409,8 @@ class _Run:
         log.warning("%s Reading the checkpoints again.", error)
         self.worker.metrics.refused.inc()
         self.num_out_of_step += 1
+        # Only a whole round in which nobody refused says that nobody moves.
+        self.idle_next = []
         if self.num_out_of_step > OUT_OF_STEP_MAX:
             raise StateContendedError(
                 f"writes were refused {OUT_OF_STEP_MAX} times in a row: another process writes "
@@ -446,11 +452,19 @@ class _Run:
             log.info("resumed")
 
     def _keep_checkpoints(self, consumer: Consumer) -> None:
-        if self.worker.clock() - self.idle_at > IDLE_INTERVAL_S:
-            self.idle_at = self.worker.clock()
+        """Look after one partition at a time: no micro-batch waits for the buckets of all."""
+        ends = self._event_ends()
+        if self.worker.clock() - self.idle_at <= IDLE_INTERVAL_S / max(1, len(ends)):
+            return
+        self.idle_at = self.worker.clock()
+        if not self.idle_next:
+            self.idle_next = sorted(ends)
             self._check_width(consumer)
-            self.effects.processor.advance_idle(self._event_ends())
             self.items.check(self._partitions(self.done)[1])
+        if self.idle_next:
+            partition = self.idle_next.pop(0)
+            self.effects.processor.advance_idle({p: ends[p] for p in (partition,) if p in ends})
+        if not self.idle_next:
             self.num_out_of_step = 0
 
     def _partitions(self, places: Collection[Place]) -> tuple[list[int], list[int]]:
@@ -493,7 +507,20 @@ class _Run:
             lag = 0 if is_ended else max(0, high - end)
             behind += lag
             self.worker.metrics.lag.labels(str(partition)).set(lag)
+            if lag and self.stood_at.get(partition) == end and not self.pending:
+                self._leave_gap(consumer, at, end)
+            self.stood_at[partition] = end
         self._refuse_standstill(behind)
+
+    def _leave_gap(self, consumer: Consumer, at: TopicPartition, end: int) -> None:
+        """Find a partition's place anew if all that was to be read next has been deleted.
+
+        No later record comes that would show it; the end of what is there is not told.
+        """
+        low, _ = consumer.get_watermark_offsets(at, timeout=RETRY_S * 20)
+        if low > end:
+            log.warning("Kafka no longer has the next offsets of %s[%d]", at.topic, at.partition)
+            self._unplace(consumer, [(at.topic, at.partition)])
 
     def _refuse_standstill(self, behind: int) -> None:
         """Raise if there are records to read and none has been read for too long."""

@@ -369,7 +369,7 @@ PLANTED: Final = {
     "domains-after-states": Plant(
         "a domain's text is written after the states",
         ((Effects, "apply_batch", _domains_after_states),),
-        seed=2054,
+        seed=3907,
     ),
     "domains-remembered": Plant(
         "a domain once written is never written again", ((Effects, "forget", _nothing),)
@@ -377,6 +377,11 @@ PLANTED: Final = {
     "pending-kept": Plant(
         "what was read before a rebalance is applied after it",
         ((_Run, "_unplace", _unplace_keeping), (_Run, "_give_up", _give_up_keeping)),
+    ),
+    "end-deleted-not-noticed": Plant(
+        "records deleted up to the end of their partition are waited for",
+        ((_Run, "_leave_gap", _nothing),),
+        seed=9918,
     ),
     "retention-not-noticed": Plant(
         "records that Kafka deleted before they were read are passed over",

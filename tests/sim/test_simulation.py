@@ -43,7 +43,7 @@ def test_a_seed_is_the_same_every_time() -> None:
 
 def test_seeds_reach_every_fault() -> None:
     """A simulation that never crashed, paused or restored anything would prove nothing."""
-    told = "\n".join(line for seed in range(60) for line in run_seed(seed).trace)
+    told = "\n".join(line for seed in range(100) for line in run_seed(seed).trace)
     for what in (
         "CRASHES",
         "wakes up",
