@@ -43,7 +43,8 @@ _Of = TypeVar("_Of")
 
 log = logging.getLogger("moveline.replay")
 
-BATCH_MAX: Final = 10_000
+# As many as a worker takes: the more of a user's events are in one, the less each costs.
+BATCH_MAX: Final = 30_000
 # A broker that delivers nothing for so long while more is there has gone.
 STALL_S: Final = 30.0
 

@@ -25,6 +25,7 @@ from streams.kafka import (
     TopicPartition,
     as_stream_error,
     is_fatal,
+    is_not_ready,
     make_consumer,
     make_producer,
 )
@@ -374,10 +375,13 @@ class _Run:
         if catch_up is not None and not catch_up.confirm(self.effects.processor, events):
             return
         self._learn_committed(consumer, starts)
-        self.done |= {place: self._seek(consumer, place, at) for place, at in starts.items()}
-        consumer.resume([TopicPartition(*place) for place in self.unplaced])
-        self.unplaced = set()
-        self.progress_at = self.worker.clock()
+        sought = {place: self._seek(consumer, place, at) for place, at in starts.items()}
+        placed = {place: at for place, at in sought.items() if at is not None}
+        self.done |= placed
+        consumer.resume([TopicPartition(*place) for place in placed])
+        self.unplaced -= placed.keys()
+        if placed:
+            self.progress_at = self.worker.clock()
 
     def _check_width(self, consumer: Consumer) -> None:
         if self.watch is not None:
@@ -394,13 +398,19 @@ class _Run:
                     self.effects.dead_from[known.partition] = known.offset
                     starts[place] = min(starts[place], known.offset)
 
-    def _seek(self, consumer: Consumer, place: Place, start: int) -> int:
+    def _seek(self, consumer: Consumer, place: Place, start: int) -> int | None:
+        """Read a partition from an offset; None: it is too early, ask again the next turn."""
         at = TopicPartition(*place, start)
         low, _ = consumer.get_watermark_offsets(at, timeout=RETRY_S * 20)
         if start < low and place[0] == self.worker.topics.events:
             low = fill_from_lake(self.effects, self.worker.config.lake, place, start=start, low=low)
         at.offset = max(start, low)
-        consumer.seek(at)
+        try:
+            consumer.seek(at)
+        except KafkaException as error:
+            if is_not_ready(error.args[0]):
+                return None
+            raise
         log.info("reading %s[%d] from offset %d", *place, at.offset)
         return at.offset
 

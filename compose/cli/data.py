@@ -37,6 +37,11 @@ topics_app = typer.Typer(help="The topics.", no_args_is_help=True)
 GC_THRESHOLD = 200_000
 
 
+def collect_seldom() -> None:
+    """Let this process look for cycles seldom, as suits one that applies micro-batches."""
+    gc.set_threshold(GC_THRESHOLD)
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command("produce")(produce)
@@ -185,7 +190,7 @@ def worker(
         options.worker_config(settings, instance=instance, batch_wait_s=batch_wait),
     )
     port = settings.worker.metrics_port if metrics_port is None else metrics_port
-    gc.set_threshold(GC_THRESHOLD)
+    collect_seldom()
     try:
         server, thread = start_http_server(
             port, addr=settings.worker.metrics_host, registry=hot.metrics.registry

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from compose.cli import letters, options
-from compose.cli.data import stop_on_signals
+from compose.cli.data import collect_seldom, stop_on_signals
 
 if TYPE_CHECKING:
     from threading import Event as StopEvent
@@ -88,6 +88,7 @@ def replay(
         _print_comparison(_dry_run(settings, request, sample, stop), "the live generation")
         return
     builder = _replay(settings, request)
+    collect_seldom()
     report = builder.run(stop, shown=True)
     _print_report(report, into, Console(stderr=True))
     if follow and not report.num_missing:

@@ -142,6 +142,11 @@ def is_end_of_partition(error: KafkaError) -> bool:
     return bool(error.code() == KafkaError._PARTITION_EOF)  # noqa: SLF001 - likewise
 
 
+def is_not_ready(error: KafkaError) -> bool:
+    """Return whether a partition was given so lately that nobody can seek in it yet."""
+    return bool(error.code() == KafkaError._STATE)  # noqa: SLF001 - the library's name for it
+
+
 def is_offset_gone(error: KafkaError) -> bool:
     """Return whether a message's `error()` says that Kafka no longer has the offset asked for."""
     return bool(error.code() == KafkaError._AUTO_OFFSET_RESET)  # noqa: SLF001 - likewise
