@@ -1,4 +1,4 @@
-"""`make figures`: write the figures of benchmarks/results into README.md, and nothing by hand."""
+"""`make figures`: write the figures of benchmarks/results into the pages, and nothing by hand."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 ROOT: Final = Path(__file__).resolve().parents[1]
+PAGES: Final = (ROOT / "README.md", ROOT / "docs" / "measured.md")
 RESULTS: Final = ROOT / "benchmarks" / "results"
 BLOCK: Final = re.compile(r"<!-- figures:(\S+) -->\n.*?<!-- /figures -->", re.DOTALL)
 # What each figure of a result is called for people: (figure, words).
@@ -89,6 +90,13 @@ ROWS: Final = {
         ("append_p99_ms", "p99 from the broker's append time, an upper bound (ms)"),
         ("events_per_cpu_s", "events per CPU second of the worker at that rate"),
     ),
+    "bench-memory": (
+        ("events", "events, one worker process"),
+        ("rss_start_mb", "resident memory (MB) when the slope begins to count"),
+        ("rss_end_mb", "at the end (MB)"),
+        ("rss_max_mb", "at most (MB)"),
+        ("slope_mb_per_million", "growth per million events in between (MB)"),
+    ),
     "bench-replay": (
         ("live_events_per_s", "events/s, live ingest by one worker"),
         ("kafka_events_per_s", "events/s, `moveline replay` from Kafka"),
@@ -101,7 +109,7 @@ ROWS: Final = {
 
 
 def block(name: str) -> str:
-    """Return the table of one result, as it stands in the README."""
+    """Return the table of one result, as it stands in a page."""
     result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     machine = result["machine"]
     where = f"{machine['cores']} cores ({machine['cpu']}), {machine['memory_gib']} GiB"
@@ -116,7 +124,7 @@ def block(name: str) -> str:
     # A result of before a figure was measured does not show it.
     rows = [(words, figures[figure]) for figure, words in ROWS[name] if figure in figures]
     lines += [f"| {words} | {_shown(value)} |" for words, value in rows]
-    lines += ["", f"Raw: [benchmarks/results/{name}.json](benchmarks/results/{name}.json)."]
+    lines += ["", f"Raw: `benchmarks/results/{name}.json`."]
     return "\n".join([*lines, "<!-- /figures -->"])
 
 
@@ -126,15 +134,15 @@ def _shown(value: float | bool) -> str:  # noqa: FBT001 - a figure can be a verd
     return f"{value:,}"
 
 
-def rendered(readme: str) -> str:
-    """Return the README with every block as the results say."""
-    return BLOCK.sub(lambda found: block(found[1]), readme)
+def rendered(page: str) -> str:
+    """Return the page with every block as the results say."""
+    return BLOCK.sub(lambda found: block(found[1]), page)
 
 
 def main() -> int:
-    """Rewrite README.md."""
-    path = ROOT / "README.md"
-    path.write_text(rendered(path.read_text(encoding="utf-8")), encoding="utf-8")
+    """Rewrite the pages."""
+    for path in PAGES:
+        path.write_text(rendered(path.read_text(encoding="utf-8")), encoding="utf-8")
     return 0
 
 
