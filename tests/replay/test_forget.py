@@ -23,6 +23,7 @@ from streams.forget import Forgetting
 from streams.kafka import end_offsets
 from streams.lake import LakeSink
 from tests.replay.rows import everything
+from tests.replay.test_commands import environment, moveline, said
 from tests.replay.test_replay import everything_kept
 from tests.worker.running import running, wait_caught_up
 
@@ -31,7 +32,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.replay.conftest import Place
+    from tests.replay.test_commands import Moveline
     from tests.worker.running import Running
+
+
+# Fixtures, used by name.
+__all__ = ["environment", "moveline"]
 
 
 @pytest.fixture
@@ -135,3 +141,26 @@ def test_a_lake_that_stands_still_is_named(place: Place, busiest: int, tmp_path:
         wait_caught_up(place.kafka, place.topics, worker)
         with pytest.raises(ForgetError, match=r"the lake under .* start `moveline lake`"):
             Forgetting(here=place.here, lake=tmp_path, timeout_s=3).forget(busiest)
+
+
+def test_the_command_ends_with_what_remains(
+    place: Place, busiest: int, tmp_path: Path, moveline: Moveline
+) -> None:
+    lake = tmp_path / "lake"
+    with kept_going(place, lake):
+        told = said(moveline("forget", "--user", str(busiest), "--lake", str(lake), "--at-once"))
+    assert f"user {busiest} is forgotten before offset" in told
+    assert "nothing earlier was found" in told
+    assert "what remains" in told
+    assert f"Redis g{place.live.generation}" in told
+    assert f"topic {place.topics.events}" in told
+    found = find_user(lake, place.topics.events, busiest)
+    assert [one.num_events for one in found] == [1]
+
+
+def test_the_command_says_who_has_no_worker(
+    place: Place, busiest: int, tmp_path: Path, moveline: Moveline
+) -> None:
+    place.catch_up()
+    told = said(moveline("forget", "--user", str(busiest), "--lake", str(tmp_path)), code=1)
+    assert f"no worker follows it: `moveline drop g{place.live.generation}`" in told
