@@ -11,7 +11,6 @@ readers at once, Feast's server.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import tempfile
@@ -26,7 +25,7 @@ from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
 from feast.types import Array, Bool, Float32, Int64
 
-from benchmarks.common import CONSOLE
+from benchmarks.common import CONSOLE, is_recording
 from compose.figures import report
 from compose.local.foreground import running_stack
 from compose.local.stack import StackOptions
@@ -239,11 +238,7 @@ def measure(url: str, folder: Path) -> dict[str, list[float]]:
 
 def main() -> None:
     """Measure everything and report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--record", action="store_true", help="keep it in benchmarks/results")
-    keep = bool(parser.parse_args().record)
+    keep = is_recording(__doc__)
     with tempfile.TemporaryDirectory(prefix="moveline-bench-") as folder:
         options = StackOptions(run_dir=Path(folder), services=frozenset({"redis"}), persist=False)
         with running_stack(options, report=CONSOLE.print) as stack:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 
 from features.errors import NoSuchOrdinalError
-from features.lake import judged_columns, number_one, read_events
+from features.lake import judged_columns, number_one, places_of, read_events, to_events
 from features.state import EMPTY_STATE, Accepted, Position, UserState, step
 from features.view import view_user
 
@@ -28,18 +28,6 @@ if TYPE_CHECKING:
     from features.config import StateConfig
     from features.lake import LakeFile
     from features.view import Records, UserView
-
-# In the order of features.state.Accepted, its position apart.
-_EVENT_COLUMNS: Final = (
-    "append_time_ms",
-    "item_id",
-    "event_time_ms",
-    "domain",
-    "event_hash",
-    "dwell_ms",
-    "value",
-    "action",
-)
 
 
 def features_at(
@@ -187,11 +175,8 @@ def _accepted(
 ) -> list[tuple[int, Accepted]]:
     """Return (user, event) of the rows that the rules take, in offset order."""
     columns, keep = judged_columns(table, config)
-    columns |= {name: table[name].to_numpy()[keep] for name in ("offset", "append_time_ms")}
-    values: list[list[Any]] = [columns[name].tolist() for name in _EVENT_COLUMNS]
-    rows = zip(*values, strict=True)
-    places = zip(columns["user_id"].tolist(), columns["offset"].tolist(), rows, strict=True)
-    return [(user, Accepted(Position(*place, offset), *row)) for user, offset, row in places]
+    columns |= places_of(table, keep)
+    return list(zip(columns["user_id"].tolist(), to_events(columns, place), strict=True))
 
 
 def _without_repeats(events: list[Accepted], config: StateConfig) -> list[Accepted]:

@@ -12,6 +12,7 @@ import itertools
 import os
 import re
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -22,9 +23,10 @@ from features.config import FORGET_CODE
 from features.errors import LakeError
 from features.events import domain_hash
 from features.lake_manifest import newest_manifest
+from features.state import Accepted, Position
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from features.config import StateConfig
@@ -47,6 +49,17 @@ LAKE_SCHEMA: Final = pa.schema(
         pa.field("request_id", pa.string()),
         pa.field("position", pa.int32()),
     ]
+)
+# The fields of features.state.Accepted in their order, its position apart.
+_EVENT_COLUMNS: Final = (
+    "append_time_ms",
+    "item_id",
+    "event_time_ms",
+    "domain",
+    "event_hash",
+    "dwell_ms",
+    "value",
+    "action",
 )
 Column = np.ndarray[tuple[int], np.dtype[Any]]
 # No file crosses a multiple of this, so that small ones can be merged into the same large ones by
@@ -275,6 +288,23 @@ def judged_columns(table: pa.Table, config: StateConfig) -> tuple[dict[str, Colu
         "value": table["value"].fill_null(float("nan")).to_numpy(),
     }
     return {name: column[keep] for name, column in columns.items()}, keep
+
+
+def places_of(table: pa.Table, keep: Column) -> dict[str, Column]:
+    """Return where the rows kept stood in their partition, and when they were appended."""
+    return {name: table[name].to_numpy()[keep] for name in ("offset", "append_time_ms")}
+
+
+def to_events(columns: Mapping[str, Column], place: tuple[int, int]) -> list[Accepted]:
+    """Return the events in `judged_columns` and `places_of` as the step takes them.
+
+    Args:
+        columns: both together.
+        place: source and partition of all of them.
+    """
+    source, partition = place
+    positions = map(Position, repeat(source), repeat(partition), columns["offset"].tolist())
+    return list(map(Accepted, positions, *(columns[name].tolist() for name in _EVENT_COLUMNS)))
 
 
 def _codes(column: pa.ChunkedArray, code_of: dict[str, int]) -> Column:

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 RedisClient = redis.Redis | RedisCluster
 # redis-py says little about the types of its cluster and its sentinels.
 _Untyped = Any
-# (server, connection, commands) -> replies
-Receive = Callable[[_Untyped, _Untyped, Sequence["Command"]], list[Any]]
+# (server, connection, names of the commands) -> replies
+Receive = Callable[[_Untyped, _Untyped, Sequence[str]], list[Any]]
 
 # A read for scoring that takes longer is worth less than a degraded answer.
 TIMEOUT_S_DEFAULT: Final = 5.0
@@ -181,9 +181,9 @@ def read_strings(
         StoreError: as `pipelined`.
     """
 
-    def receive(server: _Untyped, connection: _Untyped, part: Sequence[Command]) -> list[Any]:
+    def receive(server: _Untyped, connection: _Untyped, names: Sequence[str]) -> list[Any]:
         del server
-        return _receive_strings(connection, len(part), bytes_max)
+        return _receive_strings(connection, len(names), bytes_max)
 
     return _in_turn(client, commands, doing, receive)
 
@@ -217,30 +217,17 @@ def streamed(client: RedisClient, commands: Iterable[Command], doing: str) -> li
     if isinstance(client, RedisCluster):
         return pipelined(client, list(commands), doing)
     with mapped_errors(doing):
-        replies = _exchange_streamed(client, commands)
+        (replies,) = _exchange([(client, commands)], _receive)
     return _without_errors(replies, doing)
 
 
-def _exchange_streamed(client: redis.Redis, commands: Iterable[Command]) -> list[Any]:
-    pool = client.connection_pool
-    connection: _Untyped = pool.get_connection()
-    try:
-        num_sent = _send(connection, commands)
-        return [_reply(client, connection, "EVALSHA") for _ in range(num_sent)]
-    except BaseException:
-        # Replies that nobody has read must not reach the next user.
-        connection.disconnect()
-        raise
-    finally:
-        pool.release(connection)
-
-
-def _send(connection: _Untyped, commands: Iterable[Command]) -> int:
-    """Send commands in parts as they come; return how many there were."""
-    num_sent = num_bytes = 0
+def _send(connection: _Untyped, commands: Iterable[Command]) -> list[str]:
+    """Send commands in parts as they come; return their names."""
+    names: list[str] = []
     parts: list[bytes] = []
+    num_bytes = 0
     for command in commands:
-        num_sent += 1
+        names.append(command[0])
         for part in connection.pack_command(*command):
             parts.append(part)
             num_bytes += len(part)
@@ -249,7 +236,7 @@ def _send(connection: _Untyped, commands: Iterable[Command]) -> int:
             parts, num_bytes = [], 0
     if parts:
         connection.send_packed_command([b"".join(parts)])
-    return num_sent
+    return names
 
 
 def _run(client: RedisClient, commands: Sequence[Command], receive: Receive) -> list[Any]:
@@ -282,18 +269,19 @@ def _run(client: RedisClient, commands: Sequence[Command], receive: Receive) -> 
 
 
 def _exchange(
-    parts: Sequence[tuple[redis.Redis, Sequence[Command]]], receive: Receive
+    parts: Sequence[tuple[redis.Redis, Iterable[Command]]], receive: Receive
 ) -> list[list[Any]]:
     """Send every server its commands before any reply is read, so that they work side by side."""
     connections: list[_Untyped] = []
+    sent: list[list[str]] = []
     replies: list[list[Any]] = []
     try:
         for server, commands in parts:
             connection: _Untyped = server.connection_pool.get_connection()
             connections.append(connection)
-            connection.send_packed_command(connection.pack_commands(commands))
-        for (server, commands), connection in zip(parts, connections, strict=True):
-            replies.append(receive(server, connection, commands))
+            sent.append(_send(connection, commands))
+        for (server, _), connection, names in zip(parts, connections, sent, strict=True):
+            replies.append(receive(server, connection, names))
     finally:
         for i, connection in enumerate(connections):
             if i >= len(replies):  # replies that nobody has read must not reach the next user
@@ -302,9 +290,9 @@ def _exchange(
     return replies
 
 
-def _receive(server: _Untyped, connection: _Untyped, commands: Sequence[Command]) -> list[Any]:
+def _receive(server: _Untyped, connection: _Untyped, names: Sequence[str]) -> list[Any]:
     """Return redis-py's idea of each reply, errors among them."""
-    return [_reply(server, connection, command[0]) for command in commands]
+    return [_reply(server, connection, name) for name in names]
 
 
 def _reply(server: _Untyped, connection: _Untyped, name: str) -> Any:  # noqa: ANN401 - Redis replies

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from itertools import pairwise, repeat
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from features import lake
 from features.events import domain_hash
-from features.state import Accepted, Position
 from streams.errors import LogHoleError
 from streams.micro_batch import MicroBatch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
     from pathlib import Path
 
     import pyarrow as pa
 
     from features.config import StateConfig
+    from features.state import Accepted
     from streams.effects import Effects
 
 # Rows of a file turned into events at once: what is in memory, about 40 MB. The more there are, the
@@ -78,21 +78,14 @@ def _to_batch(rows: pa.Table, place: tuple[int, int], config: StateConfig) -> Mi
     batch = MicroBatch(num_records=rows.num_rows)
     columns, keep = lake.judged_columns(rows, config)
     batch.num_outside = int(rows.num_rows - keep.sum())
-    names = ("offset", "append_time_ms")
-    columns |= {name: rows[name].to_numpy()[keep] for name in names}
+    columns |= lake.places_of(rows, keep)
     texts = rows["domain"].unique().to_pylist()
     batch.domains = {domain_hash(text): text for text in texts if text is not None}
     # Stable: each user's events stay in offset order.
     order = np.argsort(columns["user_id"], kind="stable")
     columns = {name: column[order] for name, column in columns.items()}
-    batch.by_user = _by_user(columns["user_id"], _to_events(columns, place))
+    batch.by_user = _by_user(columns["user_id"], lake.to_events(columns, place))
     return batch
-
-
-def _to_events(columns: Mapping[str, lake.Column], place: tuple[int, int]) -> list[Accepted]:
-    offsets = columns["offset"].tolist()
-    positions = map(Position, repeat(place[0]), repeat(place[1]), offsets)
-    return list(map(Accepted, positions, *(columns[name].tolist() for name in _FIELDS)))
 
 
 def _by_user(users: lake.Column, events: list[Accepted]) -> dict[int, list[Accepted]]:
@@ -101,16 +94,3 @@ def _by_user(users: lake.Column, events: list[Accepted]) -> dict[int, list[Accep
     edges = np.flatnonzero(np.diff(users, prepend=-1, append=-1)).tolist()
     spans = [events[start:end] for start, end in pairwise(edges)]
     return dict(zip(users[edges[:-1]].tolist(), spans, strict=True))
-
-
-# The fields of Accepted, its position apart.
-_FIELDS: Final = (
-    "append_time_ms",
-    "item_id",
-    "event_time_ms",
-    "domain",
-    "event_hash",
-    "dwell_ms",
-    "value",
-    "action",
-)

@@ -20,6 +20,9 @@ QUEUE_MESSAGES_MAX: Final = 100_000
 QUEUE_KBYTES_MAX: Final = 65_536
 # How long the broker may stay away before a record counts as lost and its report says so.
 DELIVERY_TIMEOUT_MS: Final = 120_000
+# How soon a producer that began before its topic was there sees it; the library's default is five
+# minutes, and until then every record is refused.
+TOPIC_REFRESH_MS: Final = 5_000
 # librdkafka's own prefetch (100,000 records, 64 MB) looks like a leak, and is thrown away at every
 # seek. At this bound fetching stops and goes on when half a batch has been taken out.
 PREFETCH_MESSAGES: Final = 20_000
@@ -62,6 +65,7 @@ def producer_properties(
         "queue.buffering.max.messages": queue_messages_max,
         "queue.buffering.max.kbytes": queue_kbytes_max,
         "delivery.timeout.ms": delivery_timeout_ms,
+        "topic.metadata.refresh.interval.ms": TOPIC_REFRESH_MS,
     }
     fixed = {
         "acks": "all",

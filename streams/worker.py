@@ -473,7 +473,8 @@ class _Run:
             self.items.check(self._partitions(self.done)[1])
         if self.idle_next:
             partition = self.idle_next.pop(0)
-            self.effects.processor.advance_idle({p: ends[p] for p in (partition,) if p in ends})
+            if partition in ends:
+                self.effects.processor.advance_idle({partition: ends[partition]})
         if not self.idle_next:
             self.num_out_of_step = 0
 

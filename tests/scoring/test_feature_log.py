@@ -6,6 +6,7 @@ A real Redis and a real broker; a function in the model's place, as in test_reco
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,9 +20,11 @@ from scoring.live import Live, read_snapshot
 from scoring.recommend import Ask, RetrievalError, Retrieved, answer
 from scoring.signature import Degraded
 from streams.feature_log import QUEUE_RECORDS_MAX, FeatureLogProducer, read_feature_log
+from streams.kafka import ensure_topics
 from streams.properties import KafkaConfig
 from tests.scoring.states import NOW_MS, write_clicks
 from tests.small import SMALL
+from tests.waiting import until
 
 if TYPE_CHECKING:
     import redis
@@ -184,6 +187,27 @@ def test_kafka_away_costs_no_time_and_every_record_is_counted() -> None:
     assert dropped.number >= 500
     producer.close()
     assert (delivered.number, dropped.number) == (0, number)
+
+
+def test_a_topic_created_after_the_server_started_is_logged_to(
+    kafka: KafkaConfig, topics: Topics
+) -> None:
+    delivered, dropped = Counts(), Counts()
+    # By default librdkafka takes half a minute before it says that a topic is not there.
+    impatient = KafkaConfig(kafka.bootstrap, {"topic.metadata.propagation.max.ms": "500"})
+    later = f"{topics.feature_log}.later"
+    producer = FeatureLogProducer(impatient, later, on_delivered=delivered, on_dropped=dropped)
+    producer.start()
+
+    def one_more() -> Counts:
+        producer.send(b"1", b"value")
+        return dropped
+
+    until(lambda: one_more().number, what="the missing topic is noticed")
+    spec = next(one for one in topics.specs(1) if one.name == topics.feature_log)
+    ensure_topics(kafka, [replace(spec, name=later)])
+    until(lambda: one_more() and delivered.number, 30, what="the new topic is written to")
+    producer.close()
 
 
 def test_a_record_too_large_is_dropped(kafka: KafkaConfig, topics: Topics) -> None:
