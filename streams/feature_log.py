@@ -32,12 +32,16 @@ _READ_RECORDS: Final = 1_000
 class Counter(Protocol):
     """Something that counts."""
 
-    def __call__(self) -> None:
-        """Count one more."""
+    def __call__(self, number: int) -> None:
+        """Count so many more."""
 
 
 class FeatureLogProducer:
-    """Sends records and never waits; what becomes of each is counted."""
+    """Sends records and never waits; what becomes of each is counted.
+
+    The counters are told from one thread, a few times a second: in Triton each call goes through
+    the server's process, which is too much for every record.
+    """
 
     def __init__(
         self, kafka: KafkaConfig, topic: str, *, on_delivered: Counter, on_dropped: Counter
@@ -47,8 +51,8 @@ class FeatureLogProducer:
         Args:
             kafka: the cluster.
             topic: usually `Topics().feature_log`.
-            on_delivered: called for each record the broker has acknowledged.
-            on_dropped: called for each record that is lost: no room, no broker, too large.
+            on_delivered: told how many more records the broker has acknowledged.
+            on_dropped: likewise, that are lost: no room, no broker, too large.
 
         Raises:
             KafkaConfigError: a property in `kafka` is unknown.
@@ -56,6 +60,8 @@ class FeatureLogProducer:
         self._topic = topic
         self._on_delivered = on_delivered
         self._on_dropped = on_dropped
+        self._untold = threading.Lock()
+        self._delivered = self._dropped = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(
             target=self._serve, name="moveline-feature-log", daemon=True
@@ -77,24 +83,39 @@ class FeatureLogProducer:
         try:
             self._producer.produce(self._topic, value, key, on_delivery=self._report)
         except (BufferError, KafkaException):
-            self._on_dropped()
+            self._count(dropped=1)
 
     def close(self) -> None:
         """Give the last records a moment; the rest is dropped."""
         self._stop.set()
         self._thread.join()
-        for _ in range(self._producer.flush(CLOSE_TIMEOUT_S)):
-            self._on_dropped()
+        self._count(dropped=self._producer.flush(CLOSE_TIMEOUT_S))
+        self._tell()
 
     def _serve(self) -> None:
         while not self._stop.is_set():
             self._producer.poll(_POLL_S)
+            self._tell()
 
     def _report(self, error: KafkaError | None, _: Message) -> None:
         if error is None:
-            self._on_delivered()
+            self._count(delivered=1)
         else:
-            self._on_dropped()
+            self._count(dropped=1)
+
+    def _count(self, *, delivered: int = 0, dropped: int = 0) -> None:
+        with self._untold:
+            self._delivered += delivered
+            self._dropped += dropped
+
+    def _tell(self) -> None:
+        with self._untold:
+            delivered, self._delivered = self._delivered, 0
+            dropped, self._dropped = self._dropped, 0
+        if delivered:
+            self._on_delivered(delivered)
+        if dropped:
+            self._on_dropped(dropped)
 
 
 def read_feature_log(

@@ -64,6 +64,8 @@ def test_an_answer_is_logged(
         lambda: counted(triton_stack, "moveline_feature_log_records_total") >= before + 2,
         what="counted",
     )
+    # What was asked while the pointers went live is counted too.
+    until(lambda: len(find(logged_kafka, "r-1")) == 2, what="logged")
     known, unknown = sorted(find(logged_kafka, "r-1"), key=lambda one: one.user_id)
     view = known.view()
     assert view is not None

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -63,16 +64,16 @@ class Served:
     counts: dict[str, int] = field(default_factory=lambda: {"delivered": 0, "dropped": 0})
     change: Callable[[bytes], bytes] = staticmethod(lambda value: value)  # noqa: RUF009 - a function
 
-    def _count(self, name: str) -> None:
-        self.counts[name] += 1
+    def _count(self, name: str, number: int) -> None:
+        self.counts[name] += number
 
     def serve(self, users: list[int]) -> None:
         """Answer for every user once, and log it."""
         producer = FeatureLogProducer(
             self.kafka,
             self.topics.feature_log,
-            on_delivered=lambda: self._count("delivered"),
-            on_dropped=lambda: self._count("dropped"),
+            on_delivered=partial(self._count, "delivered"),
+            on_dropped=partial(self._count, "dropped"),
         )
         producer.start()
         catalogue = CatalogueStore(self.store.client)

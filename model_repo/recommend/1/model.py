@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -135,6 +136,9 @@ class TritonPythonModel:
         self.live.stop()
         if self.producer is not None:
             self.producer.close()
+        # Metrics that the interpreter ends with, after its link to Triton, end it by a fault.
+        self.producer = self.feature_log = None
+        gc.collect()
 
 
 def logged_share() -> float:
@@ -177,16 +181,16 @@ def open_producer(instance: str) -> FeatureLogProducer | None:
     return producer
 
 
-def counter(name: str, description: str, instance: str) -> Callable[[], None]:
-    """Return what counts one more on Triton's metrics page."""
+def counter(name: str, description: str, instance: str) -> Callable[[int], None]:
+    """Return what counts so many more on Triton's metrics page."""
     family = pb_utils.MetricFamily(
         name=name, description=description, kind=pb_utils.MetricFamily.COUNTER
     )
     metric = family.Metric(labels={"instance": instance})
 
-    def count() -> None:
+    def count(number: int) -> None:
         assert family  # held for as long as it is counted: Triton forgets a family with its object
-        metric.increment(1)
+        metric.increment(number)
 
     return count
 
