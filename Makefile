@@ -1,7 +1,7 @@
 # The only list of commands. Everything is installed into .venv and .local-stack of this folder.
 #   make demo [KEEP=1] [RECORD=1] [KAFKA_HOME=...]
 #                                         the main job on real data and real servers
-#   make test                             every test, against the real servers
+#   make test [TEST_PROCESSES=n]          every test, against the real servers; each process has its own
 #   make sim [SEED=n]                     simulated crashes, zombies, restores: 10,000 seeds
 #   make faults [FAULTS=name,...] [EVENTS=n] [RECORD=1] [KAFKA_HOME=...]
 #                                         real kills, zombies, restores: state stays exact
@@ -15,6 +15,8 @@
 # TORCH_SPEC chooses another build of torch: see "Choosing a CUDA build" in the README.
 PYTHON ?= python3.11
 TORCH_SPEC ?= torch==2.13.0
+# Tests wait for servers more than they compute.
+TEST_PROCESSES ?= 2
 KEEP ?=
 RECORD ?=
 SEED ?=
@@ -29,7 +31,7 @@ demo: .venv/stamp-local
 	$(BIN)/moveline demo $(if $(KEEP),--keep) $(if $(RECORD),--record)
 
 test: .venv/stamp-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 check: .venv/stamp-dev
 	$(BIN)/ruff format --check .
