@@ -25,7 +25,7 @@ from tests.servers import local_stack
 from tests.small import REPOSITORY, SMALL
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
     import redis
 
@@ -35,6 +35,8 @@ NUM_PARTITIONS = 3
 # A consumer group is named after its generation, and one that was killed in a test lives on in
 # the broker for a while: no two tests share a number.
 _GENERATIONS = itertools.count(1)
+_TRITON_FOLDER = pytest.StashKey[Path]()
+_LOG_LINES = 40
 
 settings.register_profile("laptop", deadline=None)
 settings.register_profile("ci", deadline=None, max_examples=30, derandomize=True)
@@ -54,9 +56,12 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
 
 
 @pytest.fixture(scope="session")
-def triton_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
+def triton_stack(
+    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> Iterator[LocalStack]:
     """Kafka, Redis and a Triton in which `recommend` is loaded; its repository is a copy."""
     run_dir = tmp_path_factory.mktemp("triton")
+    pytestconfig.stash[_TRITON_FOLDER] = run_dir
     shutil.copytree(
         REPOSITORY / "model_repo",
         run_dir / "model_repo",
@@ -78,6 +83,19 @@ def triton_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStac
         with TritonServer(running.addresses.triton_grpc) as server:
             server.load(RECOMMEND_MODEL)
         yield running
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show the last words of Triton with a failure: a server that died says why only there."""
+    report = yield
+    folder = item.config.stash.get(_TRITON_FOLDER, None)
+    if report.failed and folder is not None and "triton_stack" in getattr(item, "fixturenames", ()):
+        lines = (folder / "logs" / "triton.log").read_text(encoding="utf-8").splitlines()
+        report.sections.append(("triton.log", "\n".join(lines[-_LOG_LINES:])))
+    return report
 
 
 @pytest.fixture(scope="session")
