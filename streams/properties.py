@@ -85,7 +85,6 @@ def consumer_properties(
     session_timeout_ms: int,
     max_poll_interval_ms: int,
     prefetch_messages: int,
-    prefetch_kbytes: int,
     reader: bool,
 ) -> dict[str, Any]:
     """Return what `streams.kafka.make_consumer` configures."""
@@ -94,7 +93,7 @@ def consumer_properties(
         "session.timeout.ms": session_timeout_ms,
         "max.poll.interval.ms": max_poll_interval_ms,
         "queued.min.messages": prefetch_messages,
-        "queued.max.messages.kbytes": prefetch_kbytes,
+        "queued.max.messages.kbytes": PREFETCH_KBYTES,
         "fetch.queue.backoff.ms": FETCH_RETRY_MS,
     }
     fixed: dict[str, Any] = {

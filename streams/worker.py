@@ -153,6 +153,7 @@ class Worker:
             session_timeout_ms=self.config.session_timeout_ms,
             # The next micro-batch is fetched while this one is applied.
             prefetch_messages=2 * self.config.batch_max,
+            on_commit=run.on_commit,
         )
         topics = [self.topics.events, self.topics.items]
         consumer.subscribe(
@@ -262,7 +263,7 @@ class _Run:
         config = self.worker.config
         self._take(consumer, consumer.consume(config.batch_max, config.batch_wait_s))
         if self.worker.clock() - self.committed_at > COMMIT_INTERVAL_S:
-            self._commit(consumer)
+            self._commit(consumer, wait=False)
         if self.worker.clock() - self.lag_at > LAG_INTERVAL_S:
             self._measure_lag(consumer)
         if self.watch is not None and (self.sealed or not self.owned):
@@ -274,7 +275,7 @@ class _Run:
             self.effects.processor.advance_idle(self._event_ends())
         except (StoreUnavailableError, StoreFullError, OutOfStepError) as error:
             log.warning("checkpoints of idle buckets stay behind: %s", error)
-        self._commit(consumer)
+        self._commit(consumer, wait=True)
 
     def _take(self, consumer: Consumer, messages: Iterable[Message]) -> None:
         """Keep the records that continue what was applied.
@@ -488,25 +489,42 @@ class _Run:
         events = self.worker.topics.events
         return {partition: end for (topic, partition), end in self.done.items() if topic == events}
 
-    def _commit(self, consumer: Consumer) -> None:
+    def _commit(self, consumer: Consumer, *, wait: bool) -> None:
         """Tell Kafka what is in Redis.
 
         A commit that the group refuses in the middle of a rebalance is made up for by the next
         one, or by whoever gets the partition: where to read from is in Redis.
+
+        Args:
+            consumer: of the group.
+            wait: for the broker's word, where there may be no next commit. It can take 150 ms,
+                which events that have arrived meanwhile would wait too.
         """
         self.committed_at = self.worker.clock()
-        news = {place: end for place, end in self.done.items() if self.told.get(place) != end}
+        news = {p: end for p, end in self.done.items() if wait or self.told.get(p) != end}
         if not news:
             return
         offsets = [TopicPartition(*place, end) for place, end in news.items()]
         try:
-            consumer.commit(offsets=offsets, asynchronous=False)
+            if wait:
+                consumer.commit(offsets=offsets, asynchronous=False)
+            else:
+                consumer.commit(offsets=offsets, asynchronous=True)
         except KafkaException as error:
             if is_fatal(error.args[0]):
                 raise
             log.warning("offsets not committed: %s", error)
         else:
             self.told |= news
+
+    def on_commit(self, error: KafkaError | None, offsets: list[TopicPartition]) -> None:
+        """Forget that Kafka was told what it did not take: the next commit says it again."""
+        for one in offsets:
+            if error is not None or one.error is not None:
+                log.warning(
+                    "%s[%d] not committed: %s", one.topic, one.partition, one.error or error
+                )
+                self.told.pop((one.topic, one.partition), None)
 
     def _measure_lag(self, consumer: Consumer) -> None:
         self.lag_at = self.worker.clock()
@@ -557,7 +575,7 @@ class _Run:
     def on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Commit what is done before the partitions go."""
         log.info("revoked %s", [f"{p.topic}[{p.partition}]" for p in partitions])
-        self._commit(consumer)
+        self._commit(consumer, wait=True)
         self._give_up(partitions)
         consumer.incremental_unassign(partitions)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 
 from streams.errors import (
     BrokerRefusedError,
@@ -18,7 +19,6 @@ from streams.properties import (
     DELIVERY_TIMEOUT_MS,
     LINGER_MS,
     MAX_POLL_INTERVAL_MS,
-    PREFETCH_KBYTES,
     PREFETCH_MESSAGES,
     QUEUE_KBYTES_MAX,
     QUEUE_MESSAGES_MAX,
@@ -28,11 +28,9 @@ from streams.properties import (
     producer_properties,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 LOG: Final = logging.getLogger("moveline.kafka")
 _Client = TypeVar("_Client")
+OnCommit = Callable[[KafkaError | None, list[TopicPartition]], None]
 
 _UNREACHABLE: Final = frozenset(
     {
@@ -103,8 +101,8 @@ def make_consumer(
     session_timeout_ms: int = SESSION_TIMEOUT_MS,
     max_poll_interval_ms: int = MAX_POLL_INTERVAL_MS,
     prefetch_messages: int = PREFETCH_MESSAGES,
-    prefetch_kbytes: int = PREFETCH_KBYTES,
     reader: bool = False,
+    on_commit: OnCommit | None = None,
 ) -> Consumer:
     """Return a consumer that commits nothing by itself and holds a bounded prefetch.
 
@@ -116,10 +114,10 @@ def make_consumer(
         session_timeout_ms: silence after which the group gives a member's partitions away.
         max_poll_interval_ms: likewise, for a member that stopped polling.
         prefetch_messages: records fetched ahead, at most about this many per partition.
-        prefetch_kbytes: likewise, in KiB for all partitions together.
         reader: for whoever assigns and seeks by itself: an "end of partition" is delivered too
             (`is_end_of_partition`), and an offset that Kafka no longer has is an error
             (`is_offset_gone`), not a jump to the oldest.
+        on_commit: told how each commit ended, by whoever polls.
 
     Raises:
         KafkaConfigError: a property in `config` is unknown or contradicts the above.
@@ -131,10 +129,10 @@ def make_consumer(
         session_timeout_ms=session_timeout_ms,
         max_poll_interval_ms=max_poll_interval_ms,
         prefetch_messages=prefetch_messages,
-        prefetch_kbytes=prefetch_kbytes,
         reader=reader,
     )
-    return built(lambda: Consumer(with_log(settings), logger=LOG), config)
+    callbacks = {} if on_commit is None else {"on_commit": on_commit}
+    return built(lambda: Consumer({**with_log(settings), **callbacks}, logger=LOG), config)
 
 
 def is_end_of_partition(error: KafkaError) -> bool:

@@ -181,11 +181,15 @@ class SimConsumer:
         self.on_assign: Any = None
         self.on_revoke: Any = None
         self.on_lost: Any = None
+        self.on_commit: Any = None
+        self.in_flight: list[list[TopicPartition]] = []
 
     def subscribe(self, _: Sequence[str], **callbacks: Any) -> None:  # noqa: ANN401 - callables
         self.on_assign = callbacks["on_assign"]
         self.on_revoke = callbacks["on_revoke"]
         self.on_lost = callbacks["on_lost"]
+        # The library takes this one when it is configured.
+        self.on_commit = callbacks["on_commit"]
         self.broker.join(self)
 
     @property
@@ -219,6 +223,7 @@ class SimConsumer:
 
     def serve(self) -> None:
         """Run the callbacks that are due, as the library does while it is polled."""
+        self._land()
         if not self.is_member:
             self.to_assign.clear()
             self.to_revoke.clear()
@@ -282,7 +287,25 @@ class SimConsumer:
         return log.low, log.high
 
     def commit(self, *, offsets: list[TopicPartition], asynchronous: bool) -> None:
-        assert not asynchronous
+        """Commit now, after what is on its way; or send it on its way, to be lost in a crash."""
+        if asynchronous:
+            self.in_flight.append(offsets)
+            return
+        self._land()
+        self._commit(offsets)
+
+    def _land(self) -> None:
+        """Let the broker judge the commits on their way, and tell how each ended."""
+        while self.in_flight:
+            offsets = self.in_flight.pop(0)
+            try:
+                self._commit(offsets)
+            except KafkaException as error:
+                self.on_commit(error.args[0], offsets)
+            else:
+                self.on_commit(None, offsets)
+
+    def _commit(self, offsets: list[TopicPartition]) -> None:
         self._request(f"commit {[(at.topic, at.partition, at.offset) for at in offsets]}")
         if not self.is_member:
             raise KafkaException(KafkaError(KafkaError.UNKNOWN_MEMBER_ID))

@@ -138,6 +138,7 @@ class SimWorker:
             on_assign=self.run.on_assign,
             on_revoke=self.run.on_revoke,
             on_lost=self.run.on_lost,
+            on_commit=self.run.on_commit,
         )
 
     def turn(self) -> None:
