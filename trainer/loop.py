@@ -224,8 +224,7 @@ class _Run(Generic[BatchT]):
         self.optimiser = torch.optim.AdamW(
             _parameter_groups(learner, config), fused=True, betas=(0.9, 0.98)
         )
-        # A stage may leave parts of a model out.
-        self.mean_loss = ranks.synchronised(_Loss(learner), may_skip=bool(stages))
+        self.mean_loss = ranks.synchronised(_Loss(learner))
 
     def order(self, epoch: int) -> list[Int64s]:
         """The batches of a pass, the same on every rank."""
