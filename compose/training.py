@@ -11,7 +11,7 @@ import numpy as np
 from compose.cli.options import kafka_of, stores_of
 from compose.errors import ComposeError
 from compose.serving import flip
-from compose.training_log import read_log, training_log
+from compose.training_log import read_log, remove_traces, training_log
 from features.clock import now_ms
 from features.errors import SchemaMismatchError
 from features.redis import CatalogueStore, Trending, connect
@@ -109,6 +109,7 @@ def train_package(settings: Settings, request: TrainRequest) -> TrainResult | No
             metrics=metrics,
         ),
     )
+    remove_traces(settings)
     return TrainResult(package, metrics, time.monotonic() - started)
 
 

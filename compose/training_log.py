@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from compose.cli.options import kafka_of
 from features import lake
 from features.generations import start_field
+from trainer.checkpoint import FILE as CHECKPOINT_FILE
 from trainer.dataset import EventLog
 from trainer.errors import CheckpointError
 
@@ -57,11 +58,19 @@ def training_log(
     if resume and path.is_file():
         found = _as_kept(settings, config, path)
     else:
+        # Its checkpoint would be refused by a later --resume.
+        remove_traces(settings)
         window_from, window_to = _window(settings)
         found = TrainingLog(read_log(settings, config), window_from, window_to)
         _keep(found, path)
     ranks.wait()
     return found
+
+
+def remove_traces(settings: Settings) -> None:
+    """No run is left to go on with: the next one begins, on the events of then."""
+    for name in (CHECKPOINT_FILE, FILE):
+        (settings.training.checkpoints / name).unlink(missing_ok=True)
 
 
 def read_log(settings: Settings, config: StateConfig) -> EventLog:

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from compose.settings import Settings, load_settings
-from compose.training_log import FILE, TrainingLog, training_log
+from compose.training_log import FILE, TrainingLog, remove_traces, training_log
 from features.lake_revisions import Place
 from tests.lake.writing import append, event
 from tests.small import SMALL
+from trainer.checkpoint import FILE as CHECKPOINT_FILE
 from trainer.dataset import EventLog
 from trainer.errors import CheckpointError
 from trainer.ranks import Ranks, chosen_device
@@ -45,6 +46,21 @@ def test_a_lake_that_grew_is_cut_to_what_it_was(
     assert len(rows(anew.log)) == 20
     assert anew.window_to != begun.window_to
     assert rows(read(settings, resume=True).log) == rows(anew.log)
+
+
+def test_a_run_that_starts_anew_leaves_nothing_of_the_one_before(
+    settings: Settings, place_in: Callable[[int], Place]
+) -> None:
+    append(place_in(0), [event(number, user_id=1) for number in range(10)])
+    read(settings, resume=False)
+    checkpoint = settings.training.checkpoints / CHECKPOINT_FILE
+    checkpoint.write_bytes(b"of an earlier run")
+    read(settings, resume=False)
+    assert not checkpoint.exists()
+    remove_traces(settings)
+    assert list(settings.training.checkpoints.iterdir()) == []
+    append(place_in(0), [event(number, user_id=1) for number in range(10, 20)])
+    assert len(rows(read(settings, resume=True).log)) == 20
 
 
 def test_what_was_kept_and_is_damaged_is_named(
