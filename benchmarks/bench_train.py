@@ -1,7 +1,7 @@
 """How many events a second does training read, and how much of the machine does it use?
 
 Workload: GEMs at its default sizes on a year of grocery shopping (complete_journey), STEPS_MEASURED
-batches (100) of 32 baskets drawn by seed from the newest 85% of the time before the split, each with
+batches (100) of 32 baskets drawn by seed from those before the split, each with
 up to 512 events before it. A token is such an event; padding does not count. Whole training steps
 are timed, cutting the batches and updating the weights included, after WARM_UP_STEPS that are not.
 The three take turns, ROUNDS times, and the medians count:
