@@ -1,7 +1,6 @@
 """The processes that train together: one, or as many as torchrun started."""
 
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,8 +26,13 @@ class Ranks:
         """Whether this process writes what is written once."""
         return self.number == 0
 
-    def synchronised(self, module: nn.Module) -> nn.Module:
-        """The module, with its gradients averaged over all ranks after each backward pass."""
+    def synchronised(self, module: nn.Module, *, may_skip: bool) -> nn.Module:
+        """The module, with its gradients averaged over all ranks after each backward pass.
+
+        Args:
+            module: Equal on all ranks.
+            may_skip: Whether a pass may leave parameters out; to find them costs time.
+        """
         if self.num_ranks == 1:
             return module
         on_cuda = self.device.type == "cuda"
@@ -37,8 +41,7 @@ class Ranks:
             device_ids=[self.device.index] if on_cuda else None,
             # Tables are the same everywhere and never change.
             forward_sync_buffers=False,
-            # A stage of training, or a switch of a model, may leave parameters out.
-            find_unused_parameters=True,
+            find_unused_parameters=may_skip,
         )
 
     def sums(self, *values: float) -> list[float]:
@@ -80,10 +83,7 @@ def joined(device: Literal["cpu", "cuda", "auto"]) -> Iterator[Ranks]:
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     distributed.init_process_group(backend)
     try:
-        with warnings.catch_warnings():
-            # Said once a run where no parameter was left out this time.
-            warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-            yield Ranks(chosen, distributed.get_rank(), num_ranks)
+        yield Ranks(chosen, distributed.get_rank(), num_ranks)
     finally:
         distributed.destroy_process_group()
 
