@@ -26,7 +26,9 @@ from trainer.dataset import (
 )
 from trainer.errors import BudgetError, DivergedError
 from trainer.item_vectors import co_occurrence_vectors, with_domains
-from trainer.models.gems import Gems, GemsConfig
+from trainer.models.config import GemsConfig
+from trainer.models.gems import Gems
+from trainer.models.lifelong import Compressor
 from trainer.semantic_ids import CODE_SIZES, learn_semantic_ids
 from trainer.vocabulary import Vocabulary, item_counts
 
@@ -100,7 +102,11 @@ def train(log: EventLog, config: TrainConfig) -> Trained:
     learnable = newest(training_groups(log, groups, split_ms=split_ms), share=config.label_share)
     vocabulary = Vocabulary.of(log, split_ms=split_ms)
     source = BatchSource.of(
-        log, vocabulary, num_recent=config.model.num_recent, num_mid=config.model.num_mid
+        log,
+        vocabulary,
+        num_recent=config.model.num_recent,
+        num_mid=config.model.num_mid,
+        num_older=config.model.num_older_read,
     )
     model = new_model(log, vocabulary, config, tables_ms=split_ms)
     plan = _Plan.of(config, num_groups=len(learnable), started=started)
@@ -144,6 +150,12 @@ def new_model(
         num_domains=len(vocabulary.domain_ids),
         item_vectors_VE=vectors,
         item_counts_V=torch.from_numpy(item_counts(log, vocabulary, until_ms=tables_ms)),
+        compressor=Compressor(
+            width=config.model.width,
+            item_ids_V=torch.from_numpy(vocabulary.item_ids_V),
+            domain_ids=torch.from_numpy(vocabulary.domain_ids),
+            item_vectors_VE=vectors,
+        ),
     )
 
 
@@ -203,13 +215,12 @@ def _repeated(groups: LabelGroups, *, size: int, rng: np.random.Generator) -> It
 def _step(
     model: Gems, optimiser: torch.optim.Optimizer, batch: Batch, *, rate: float
 ) -> float | None:
-    """Mean negative log-likelihood per target after one update, None without any target."""
-    known = batch.targets_BT > 0
-    if not known.any():
+    """The loss of one update, None without any target."""
+    if not (batch.targets_BT > 0).any():
         return None
     for group in optimiser.param_groups:
         group["lr"] = rate
-    loss = -(model.log_likelihood(batch) * known).sum() / known.sum()
+    loss = model.loss(batch)
     optimiser.zero_grad(set_to_none=True)
     torch.autograd.backward(loss)
     nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)

@@ -50,8 +50,7 @@ def small_model(**changes: object) -> GemsConfig:
         "num_recent_layers": 1,
         "num_recent": 8,
         "num_mid": 24,
-        "num_lifelong": 2,
-        "lifelong_width": 4,
+        "num_seeds": 2,
         "dropout": 0.0,
     }
     return GemsConfig(**{**sizes, **changes})  # type: ignore[arg-type]
