@@ -1,6 +1,6 @@
 """Sizes and switches of GEMs."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from trainer.batches import NUM_MID, NUM_RECENT
@@ -55,8 +55,14 @@ class GemsConfig:
 
     @property
     def used_indexer(self) -> IndexerConfig | None:
-        """The indexer's configuration, None where attention is always full."""
-        return None if self.mid_attention == "full" else self.indexer
+        """The indexer's configuration, None where attention is always full.
+
+        It never keeps more keys than the mid-term stream surely has, so that an exported graph
+        keeps a fixed number.
+        """
+        if self.mid_attention == "full":
+            return None
+        return replace(self.indexer, top_k=min(self.indexer.top_k, self.num_mid))
 
     @property
     def copies(self) -> bool:

@@ -17,8 +17,6 @@ from trainer.models.gems import Gems, History
 from trainer.models.lifelong import NUM_ROWS, VALUE_WIDTH, index_of
 from trainer.vocabulary import Vocabulary
 
-__all__ = ["NUM_EXCLUDED", "PADDING", "GemsServing", "Tensors", "input_signature"]
-
 # Items a request may exclude by name: all of a user's recent and mid-term events fit.
 NUM_EXCLUDED = 512
 
@@ -55,6 +53,20 @@ def output_signature() -> list[Tensors]:
         Tensors("item_id", torch.int64, (K_MAX,)),
         Tensors("score", torch.float32, (K_MAX,)),
         Tensors("contribution", torch.float32, (3,)),
+    ]
+
+
+def compressor_input_signature() -> list[Tensors]:
+    """The inputs of `Compressor.forward`, in order; -1 stands for any number of events."""
+    names = ("item", "action", "domain", "dwell_ms", "event_time_ms")
+    return [Tensors(name, torch.int64, (-1,)) for name in names]
+
+
+def compressor_output_signature() -> list[Tensors]:
+    """The outputs of `Compressor.forward`, in order."""
+    return [
+        Tensors("state", torch.float32, (NUM_ROWS, VALUE_WIDTH)),
+        Tensors("count", torch.int64, (1,)),
     ]
 
 
