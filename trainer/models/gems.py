@@ -208,7 +208,9 @@ class Gems(nn.Module):
         )
 
     def _recent(self, recent: Stream) -> StreamTokens:
-        x_BRD = self.events(recent, self.item(recent.item), self.trie) + self.position_RD
+        x_BRD = self.events(recent, self.item(recent.item), self.trie)
+        # The newest event is always last, so that positions count from the end.
+        x_BRD = x_BRD + self.position_RD[-recent.item.shape[1] :]
         x_BRD = self.dropout(x_BRD)
         for layer in self.recent_layers:
             x_BRD = layer(x_BRD, recent.mask)
@@ -320,7 +322,7 @@ class Gems(nn.Module):
         """
         if not self.training or self.compressor is None or self.config.memory_dropout == 0:
             return history
-        kept_B1 = torch.rand(history.lifelong_count_B1.shape) >= self.config.memory_dropout
+        kept_B1 = torch.rand_like(history.lifelong_BXV[:, 0, :1]) >= self.config.memory_dropout
         return history._replace(
             lifelong_BXV=history.lifelong_BXV * kept_B1.unsqueeze(2),
             lifelong_count_B1=history.lifelong_count_B1 * kept_B1,
@@ -355,12 +357,12 @@ def mixed_log(log_generated: Tensor, copied: Tensor, copy_weight: Tensor) -> Ten
 
 def without_lifelong(recent: Stream, mid: Stream) -> History:
     """Streams of users who have no lifelong memory."""
-    batch = recent.item.shape[0]
+    batch, device = recent.item.shape[0], recent.item.device
     return History(
         recent,
         mid,
-        torch.zeros(batch, NUM_ROWS, VALUE_WIDTH),
-        torch.zeros(batch, 1, dtype=torch.int64),
+        torch.zeros(batch, NUM_ROWS, VALUE_WIDTH, device=device),
+        torch.zeros(batch, 1, dtype=torch.int64, device=device),
     )
 
 
