@@ -39,7 +39,9 @@ class BlockOutput(NamedTuple):
     index_loss: Tensor
 
 
-def fuse(x_BQD: Tensor, read_SBQD: Tensor, present_SB11: Tensor, *, fusion: ParameterFree) -> Tensor:
+def fuse(
+    x_BQD: Tensor, read_SBQD: Tensor, present_SB11: Tensor, *, fusion: ParameterFree
+) -> Tensor:
     """Join the branches; an absent stream adds exactly nothing.
 
     `sum` is the paper's, which multiplies the residual by the number of streams at each block;
@@ -66,7 +68,8 @@ class Gate(nn.Module):
         logits_SBQ1 = self.share(x_BQD).permute(2, 0, 1).unsqueeze(3)
         lowest = torch.finfo(x_BQD.dtype).min
         share_SBQ1 = logits_SBQ1.masked_fill(present_SB11 == 0, lowest).softmax(dim=0)
-        return x_BQD + ((read_SBQD - x_BQD) * share_SBQ1 * present_SB11).sum(dim=0)
+        change_SBQD: Tensor = (read_SBQD - x_BQD) * share_SBQ1 * present_SB11
+        return x_BQD + change_SBQD.sum(dim=0)
 
 
 class DecoderBlock(nn.Module):

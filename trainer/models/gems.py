@@ -145,9 +145,7 @@ class Gems(nn.Module):
         self.begin_D = nn.Parameter(INITIAL_SPREAD * torch.randn(width))
         self.tokens = nn.ModuleList(_codes(size, width) for size in semantic_ids.sizes[:2])
         self.blocks = nn.ModuleList(
-            DecoderBlock(
-                width, config.num_heads, fusion=config.fusion, indexer=config.used_indexer
-            )
+            DecoderBlock(width, config.num_heads, fusion=config.fusion, indexer=config.used_indexer)
             for _ in range(config.num_blocks)
         )
         self.dropout = nn.Dropout(config.dropout)
@@ -279,12 +277,12 @@ class Gems(nn.Module):
         """
         generated_BT, reading = self._likelihood(batch)
         known_BT = batch.targets_BT > 0
-        loss = -(generated_BT * known_BT).sum() / known_BT.sum().clamp(min=1)
+        loss: Tensor = -(generated_BT * known_BT).sum() / known_BT.sum().clamp(min=1)
         loss = loss + self.config.index_weight * reading.index_loss
         if self.compressor is None or batch.older is None:
             return loss
         vectors, mask = newest_vectors(self.compressor, batch.older)
-        told = self.reconstruction(reading.summary_BSD, vectors, mask)
+        told: Tensor = self.reconstruction(reading.summary_BSD, vectors, mask)
         return loss + self.config.reconstruction_weight * told
 
     def log_likelihood(self, batch: Batch) -> Tensor:
