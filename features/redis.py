@@ -33,6 +33,7 @@ from features.redis_client import (
     streamed,
 )
 from features.row import (
+    FORGET,
     FORMATS,
     POSITION_FROM_END,
     ROW_FORMAT,
@@ -250,12 +251,18 @@ class StateStore:
         ]
         for expected, keep, data, chunks in write.rows.values():
             values += (expected, keep, data, len(chunks), *chunks)
+        forgotten = [
+            keys.memories_key(self.generation, user)
+            for user, row in write.rows.items()
+            if row.keep == FORGET
+        ]
         return (
             "EVALSHA",
             _script_digest(),
-            1 + 2 * len(write.rows),
+            1 + 2 * len(write.rows) + len(forgotten),
             keys.checkpoints_key(self.generation, write.bucket),
             *keys.user_keys(self.generation, write.bucket, write.rows),
+            *forgotten,
             *values,
         )
 
