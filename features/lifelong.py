@@ -33,7 +33,7 @@ _HEADER: Final = struct.Struct("<2sHIIQ8sI")
 _CRC_AT: Final = _HEADER.size - 4
 _STATE_BYTES: Final = LIFELONG_ROWS * LIFELONG_WIDTH * 4
 MEMORY_BYTES: Final = _HEADER.size + _STATE_BYTES
-_VERSION: Final = re.compile(r"^[0-9a-f]{16}$")
+_VERSION: Final = re.compile(r"[0-9a-f]{16}")
 
 
 class Memory(NamedTuple):
@@ -102,7 +102,7 @@ def check_version(text: str) -> str:
     >>> check_version("00ff00ff00ff00ff")
     '00ff00ff00ff00ff'
     """
-    if not _VERSION.match(text):
+    if not _VERSION.fullmatch(text):
         raise ValueError(
             f"{text!r} is not a memory version: 16 hex digits, as a model's manifest and "
             "`moveline lifelong status` have them."
@@ -143,9 +143,7 @@ def unpack_memory(raw: bytes | memoryview, memory_version: str) -> Memory:
     if version.hex() != memory_version:
         raise CorruptMemoryError(f"memory version {version.hex()}, {memory_version} asked for")
     state = np.frombuffer(raw, "<f4", offset=_HEADER.size)
-    return Memory(
-        num_chunks, num_events, begins, state.reshape(LIFELONG_ROWS, LIFELONG_WIDTH)
-    )
+    return Memory(num_chunks, num_events, begins, state.reshape(LIFELONG_ROWS, LIFELONG_WIDTH))
 
 
 def memory_difference(left: Memory, right: Memory) -> float:
@@ -155,4 +153,3 @@ def memory_difference(left: Memory, right: Memory) -> float:
     """
     size = max(float(np.abs(left.state).max()), float(np.abs(right.state).max()), 1e-30)
     return float(np.abs(left.state.astype(np.float64) - right.state).max()) / size
-

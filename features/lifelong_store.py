@@ -207,7 +207,9 @@ class LifelongStore:
         chunk_bytes = config.chunk * RECORD_BYTES
         size = _PARTS.size + tail_bytes + MEMORY_BYTES + WAITING_READ_MAX * chunk_bytes
         commands = [
-            self._command("read_lifelong", self._keys(u), (*self._sizes(), version, WAITING_READ_MAX))
+            self._command(
+                "read_lifelong", self._keys(u), (*self._sizes(), version, WAITING_READ_MAX)
+            )
             for u in user_ids
         ]
         doing = "reading states and memories"
@@ -290,4 +292,3 @@ def get_live_memories(client: RedisClient) -> tuple[LiveMemory, ...]:
     with mapped_errors("reading which memory versions are live"):
         raw = execute(client, "GET", keys.LIVE_MEMORIES_KEY)
     return () if raw is None else msgspec.json.decode(raw, type=tuple[LiveMemory, ...])
-

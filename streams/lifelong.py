@@ -116,6 +116,8 @@ class Compactor:
         """
         deadline = time.monotonic() + budget_s
         live = get_live_memories(self.memories.client)
+        if self.cursor == 0:
+            self.num_behind = self.num_incomplete = 0
         while live:
             after, users = self.sessions.scan_users(self.cursor)
             failure = self.compact(users, live)
@@ -136,7 +138,6 @@ class Compactor:
     def _end_round(self) -> None:
         self.metrics.chunks_behind.set(self.num_behind)
         self.metrics.memories_incomplete.set(self.num_incomplete)
-        self.num_behind = self.num_incomplete = 0
 
     def compact(self, users: Sequence[int], live: Sequence[LiveMemory]) -> ScoringError | None:
         """Fold and drop what there is of these users; return why a version was left out."""
@@ -228,9 +229,7 @@ class Compactor:
         wanted = [(user, range(mark.first, keep)) for user, (mark, keep) in done.items()]
         markers = self.sessions.markers({user: bucket_of(user) for user in done})
         drops = []
-        for (user, numbers), chunks in zip(
-            wanted, self.memories.read_chunks(wanted), strict=True
-        ):
+        for (user, numbers), chunks in zip(wanted, self.memories.read_chunks(wanted), strict=True):
             needed_from = decode_marker(markers[user]).session_id
             keep = numbers.start
             for chunk in chunks:

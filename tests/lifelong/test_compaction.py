@@ -12,7 +12,7 @@ import pytest
 from features.chunks import ChunkStore
 from features.keys import bucket_of, memories_key
 from features.lifelong import unpack_memory
-from features.lifelong_store import put_live_memories
+from features.lifelong_store import DropFolded, put_live_memories
 from features.lifelong_view import read_lifelong
 from features.nearline import markers_key
 from features.redis import execute
@@ -76,9 +76,9 @@ def test_a_doubled_hint_folds_nothing(store: StateStore) -> None:
     assert before is not None
     assert memory_of(user) is not None
     assert user.memories.read([user.user_id], V1.memory_version)
-    assert user.other.metrics.registry.get_sample_value(
-        "moveline_nearline_chunks_folded_total"
-    ) == 0
+    assert (
+        user.other.metrics.registry.get_sample_value("moveline_nearline_chunks_folded_total") == 0
+    )
     user.look(is_capped=False)
 
 
@@ -158,6 +158,17 @@ def test_a_forget_takes_the_memories(store: StateStore) -> None:
     assert execute(store.client, "HLEN", key) == 2
     user.forget()
     assert execute(store.client, "EXISTS", key) == 0
+
+
+def test_a_drop_decided_before_a_forget_does_nothing(store: StateStore) -> None:
+    user = User(store)
+    user.append(80)
+    refill(user, 80)
+    while user.compactor._fold_once([user.user_id], V1):
+        pass
+    late = [DropFolded(user.user_id, 0, 8)]
+    assert user.memories.drop_folded(late, [V1.memory_version]) == 0
+    assert waiting_of(user) == (0, list(range(8)))
 
 
 def test_chunks_stay_until_their_sessions_are_out(store: StateStore) -> None:

@@ -117,7 +117,8 @@ class User:
     def names(self) -> list[str]:
         """Return the keys of the user."""
         return [
-            make(self.store.generation, self.user_id) for make in (row_key, chunks_key, memories_key)
+            make(self.store.generation, self.user_id)
+            for make in (row_key, chunks_key, memories_key)
         ]
 
     def cap(self, chunks_max: int) -> bool:
