@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from compose.errors import ComposeError
+from compose.memories import keep_live, memory_of
 from features.redis import CatalogueStore, Pointers, connect
 from scoring.client import Recommender
 from scoring.live import REFRESH_S
@@ -55,7 +56,10 @@ def flip(settings: Settings, kafka: KafkaConfig, topics: Topics, version: int) -
     catalogue = CatalogueStore(connect(settings.redis.url))
     recorded = read_pointers(kafka, topics)
     generation = recorded.generation if recorded else settings.generation_number
-    pointers = Pointers(version, generation)
+    memory = memory_of(settings.model_repository, version)
+    if memory is not None:
+        keep_live(settings, kafka, topics, memory)
+    pointers = Pointers(version, generation, memory.memory_version if memory else None)
     started = time.monotonic()
     write_pointers(kafka, topics, pointers)
     catalogue.put_pointers(pointers)

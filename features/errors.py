@@ -41,7 +41,7 @@ class UnknownRowFormatError(CorruptRowError):
 
 
 class CorruptMemoryError(FeatureError):
-    """Stored bytes are not a lifelong memory this version can read; `lifelong build` makes it anew."""
+    """Stored bytes are not a memory this build reads; `moveline lifelong build` makes it anew."""
 
 
 class SchemaMismatchError(FeatureError):

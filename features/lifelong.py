@@ -18,10 +18,11 @@ import numpy as np
 from features.errors import CorruptMemoryError
 
 if TYPE_CHECKING:
-    from features.view import Records
-
     Float32s = np.ndarray[Any, np.dtype[np.float32]]
     Int64s = np.ndarray[Any, np.dtype[np.int64]]
+
+# RECORDs [N, C]: N chunks.
+Chunks = np.ndarray[tuple[int, int], np.dtype[np.void]]
 
 # The state that every compressor folds events into, float32.
 LIFELONG_ROWS: Final = 64
@@ -67,7 +68,7 @@ class Folded(NamedTuple):
 class Fold(Protocol):
     """Folds chunks with one version of the compressor."""
 
-    def __call__(self, model_version: int, records_NC: Records) -> Folded:
+    def __call__(self, model_version: int, records_NC: Chunks) -> Folded:
         """Return the state of each chunk by itself; RECORDs [N, C]."""
         ...
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from features.config import StateConfig
+    from features.lifelong import Chunks
     from features.view import Records
 
     Int64s = np.ndarray[Any, np.dtype[np.int64]]
@@ -59,11 +60,10 @@ def by_user(columns: Mapping[str, np.ndarray[Any, Any]]) -> Iterator[tuple[int, 
     """Yield each user with all records by arrival, from columns sorted by (user, arrival)."""
     records = records_of(columns)
     users, starts = np.unique(columns["user_id"], return_index=True)
-    for user, mine in zip(users.tolist(), np.split(records, starts[1:]), strict=True):
-        yield user, mine
+    yield from zip(users.tolist(), np.split(records, starts[1:]), strict=True)
 
 
-def chunks_of(records_N: Records, config: StateConfig) -> Records:
+def chunks_of(records_N: Records, config: StateConfig) -> Chunks:
     """Return the chunks [n, C] that have left a user's tail, from all records by arrival."""
-    chunks: Records = records_N[chunk_rows(records_N["event_time_ms"], config)]
+    chunks: Chunks = records_N[chunk_rows(records_N["event_time_ms"], config)]
     return chunks

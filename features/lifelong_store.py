@@ -131,7 +131,9 @@ class LifelongStore:
         calls = [(self._keys(user), (*self._sizes(), *versions)) for user in user_ids]
         replies = self._run("memory_marks", calls, "asking how far memories are")
         return [
-            Marks(*reply[:3], dict(zip(versions, reply[3:], strict=True))) if reply else None
+            Marks(reply[0], reply[1], reply[2], dict(zip(versions, reply[3:], strict=True)))
+            if reply
+            else None
             for reply in replies
         ]
 

@@ -11,7 +11,7 @@ from features.lifelong import LIFELONG_ROWS, LIFELONG_WIDTH, Folded
 from scoring.errors import SignatureError
 
 if TYPE_CHECKING:
-    from features.view import Records
+    from features.lifelong import Chunks
     from scoring.triton import TritonServer
 
 LIFELONG_MODEL: Final = "lifelong"
@@ -25,7 +25,7 @@ class TritonFold:
 
     server: TritonServer
 
-    def __call__(self, model_version: int, records_NC: Records) -> Folded:
+    def __call__(self, model_version: int, records_NC: Chunks) -> Folded:
         """Return the state of each chunk by itself; see `features.lifelong.Fold`.
 
         Raises:

@@ -179,11 +179,11 @@ class Compactor:
         held = self.memories.read([job.user_id for job in group], version)
         writes = []
         ready: list[tuple[Job, Memory, list[bytes]]] = []
-        for job, chunks, raw in zip(group, found, held, strict=True):
+        for job, numbered, raw in zip(group, found, held, strict=True):
             base = self._base(job, raw, version)
             # One that has left since: another app has folded it, or the cap has come.
-            there = [chunk for chunk in chunks if chunk is not None]
-            if base is not None and len(there) == len(chunks):
+            there = [chunk for chunk in numbered if chunk is not None]
+            if base is not None and len(there) == len(numbered):
                 ready.append((job, base, there))
         if not ready:
             return []
@@ -229,10 +229,11 @@ class Compactor:
         wanted = [(user, range(mark.first, keep)) for user, (mark, keep) in done.items()]
         markers = self.sessions.markers({user: bucket_of(user) for user in done})
         drops = []
-        for (user, numbers), chunks in zip(wanted, self.memories.read_chunks(wanted), strict=True):
+        found = self.memories.read_chunks(wanted)
+        for (user, numbers), held in zip(wanted, found, strict=True):
             needed_from = decode_marker(markers[user]).session_id
             keep = numbers.start
-            for chunk in chunks:
+            for chunk in held:
                 if chunk is None or np.frombuffer(chunk, RECORD)["ordinal"].max() >= needed_from:
                     break
                 keep += 1

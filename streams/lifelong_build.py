@@ -26,7 +26,7 @@ from streams.lifelong import FOLD_CHUNKS_MAX
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from features.lifelong import Fold, LiveMemory
+    from features.lifelong import Chunks, Fold, LiveMemory
     from features.lifelong_store import LifelongStore, Marks
     from features.view import Records
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 # Users whose marks are asked for in one round trip.
 USERS_AT_ONCE: Final = 500
+# Share of the users with chunks of whom nothing may be missing before a model reads the memories.
+COVERAGE_DEFAULT: Final = 0.99
 # What two sums over the same events may differ by, relative to the sum.
 TOLERANCE: Final = 1e-5
 
@@ -97,7 +99,7 @@ class _Wanted(NamedTuple):
     user_id: int
     before: int
     base: Memory
-    chunks: Records
+    chunks: Chunks
 
 
 @dataclass
@@ -206,7 +208,7 @@ class MemoryBuilder:
         self.report.num_chunks += sum(len(one.chunks) for one in wanted)
         self._pace()
 
-    def _folded(self, chunks_NC: Records, wanted: Sequence[_Wanted]) -> list[Memory]:
+    def _folded(self, chunks_NC: Chunks, wanted: Sequence[_Wanted]) -> list[Memory]:
         owners = np.repeat(np.arange(len(wanted)), [len(one.chunks) for one in wanted])
         memories = [one.base for one in wanted]
         for at in range(0, len(chunks_NC), FOLD_CHUNKS_MAX):

@@ -66,9 +66,10 @@ def test_in_order_or_not_is_one_rule(count: int) -> None:
     late[-1] = 85  # after everything that may have left: the same chunks by the slow way
     assert chunk_rows(times, SMALL).shape == (max(0, (count - 10) // 3), 3)
     if count > 12:
-        assert chunk_rows(times[:-1], SMALL).tolist() == chunk_rows(late, SMALL).tolist()[
-            : len(chunk_rows(times[:-1], SMALL))
-        ]
+        assert (
+            chunk_rows(times[:-1], SMALL).tolist()
+            == chunk_rows(late, SMALL).tolist()[: len(chunk_rows(times[:-1], SMALL))]
+        )
 
 
 def test_users_are_told_apart() -> None:

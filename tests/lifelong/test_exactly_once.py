@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -33,8 +32,6 @@ from tests.small import put_states
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    import redis
 
     from features.lifelong import Folded
     from features.view import Records
