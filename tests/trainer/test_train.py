@@ -29,16 +29,16 @@ def test_a_tiny_set_is_learned_by_heart() -> None:
         model=small_model(copy="off", prior="off", width=32),
     )
     trained = train(_small_log(8), settings)
-    assert trained.losses[0] > 2.0
-    assert np.mean(trained.losses[-5:]) < 0.5 * trained.losses[0]
+    assert trained.fitted.losses[0] > 2.0
+    assert np.mean(trained.fitted.losses[-5:]) < 0.5 * trained.fitted.losses[0]
 
 
 def test_the_same_seed_gives_the_same_weights(log: EventLog) -> None:
     one, other = (train(log, small_training(seed=4)) for _ in range(2))
-    assert one.losses == other.losses
+    assert one.fitted.losses == other.fitted.losses
     for name, value in one.model.state_dict().items():
         assert torch.equal(value, other.model.state_dict()[name]), name
-    assert train(log, small_training(seed=5)).losses != one.losses
+    assert train(log, small_training(seed=5)).fitted.losses != one.fitted.losses
 
 
 def test_an_untrained_copy_is_plain_counting(trained: Trained) -> None:
@@ -48,7 +48,7 @@ def test_an_untrained_copy_is_plain_counting(trained: Trained) -> None:
     groups = trained.groups.select(np.array([len(trained.groups) - 1]))
     recent, mid = trained.source.streams(groups)
     with torch.no_grad():
-        reading = untrained.read(without_lifelong(recent, mid, trained.config.model))
+        reading = untrained.read(without_lifelong(recent, mid))
     assert reading.shares is not None
     item = torch.cat((mid.item, recent.item), dim=1)[0]
     known, counts = item[item > 0].unique(return_counts=True)
@@ -62,7 +62,7 @@ def test_without_history_the_generative_part_decides_alone(trained: Trained) -> 
     recent, mid = trained.source.streams(first)
     assert not recent.mask.any()
     with torch.no_grad():
-        reading = trained.model.read(without_lifelong(recent, mid, trained.config.model))
+        reading = trained.model.read(without_lifelong(recent, mid))
     assert reading.copy_weight_B.item() == 0
     assert (reading.contribution_B3 == 0).all()
 
@@ -71,7 +71,7 @@ def test_contributions_are_shares(trained: Trained) -> None:
     last = trained.groups.select(np.array([len(trained.groups) - 1]))
     recent, mid = trained.source.streams(last)
     with torch.no_grad():
-        reading = trained.model.read(without_lifelong(recent, mid, trained.config.model))
+        reading = trained.model.read(without_lifelong(recent, mid))
     assert reading.contribution_B3.sum().item() == pytest.approx(1.0)
     assert reading.contribution_B3[0, 2].item() == 0
 
@@ -94,8 +94,8 @@ def test_time_buckets_are_ordered_and_bounded() -> None:
 
 def test_the_budget_ends_a_run_early(log: EventLog) -> None:
     trained = train(log, small_training(epochs=1e6, budget_s=2.0))
-    assert trained.ended_by_budget
-    assert len(trained.losses) > 0
+    assert trained.fitted.ended_by == "budget"
+    assert len(trained.fitted.losses) > 0
 
 
 def test_a_budget_without_a_step_is_refused(log: EventLog) -> None:
@@ -131,6 +131,6 @@ def test_model_survives_ids_it_never_saw(
     assert recent.mask.any()
     assert (recent.item == 0).all()
     with torch.no_grad():
-        reading = trained.model.read(without_lifelong(recent, mid, trained.config.model))
+        reading = trained.model.read(without_lifelong(recent, mid))
     assert torch.isfinite(reading.state_BD).all()
     assert (reading.copy_weight_B == 0).all()
