@@ -63,7 +63,9 @@ class LifelongBatch:
         for row, mid in zip(mid_BM, mids, strict=True):
             if mid.size:
                 row[-mid.size :] = mid
-        return batch._replace(mid_BM=mid_BM)
+        return batch._replace(
+            mid_BM=mid_BM, memory_BLW=self.state_BLW, memory_events_B=self.num_events_B
+        )
 
 
 def with_waiting(waiting: Records, mid: Records) -> Records:

@@ -9,12 +9,12 @@ import numpy as np
 
 from features.lifelong import LIFELONG_ROWS, LIFELONG_WIDTH, Folded
 from scoring.errors import SignatureError
+from scoring.signature import LIFELONG_MODEL
 
 if TYPE_CHECKING:
     from features.lifelong import Chunks
     from scoring.triton import TritonServer
 
-LIFELONG_MODEL: Final = "lifelong"
 # Events are counted by the compressor too: one that left some out must not pass for whole.
 _OUTPUTS: Final = ("state", "count")
 
