@@ -10,7 +10,7 @@ from compose.memories import keep_live, memory_of
 from features.redis import CatalogueStore, Pointers, connect
 from scoring.client import Recommender
 from scoring.live import REFRESH_S
-from scoring.signature import RECOMMEND_MODEL, RETRIEVAL_MODEL
+from scoring.signature import LIFELONG_MODEL, RECOMMEND_MODEL, RETRIEVAL_MODEL
 from scoring.triton import TritonServer
 from streams.control import read_pointers, write_pointers
 
@@ -30,12 +30,13 @@ class FlipNotSeenError(ComposeError):
 
 
 def load_served_models(settings: Settings) -> list[str]:
-    """Load `recommend`, and the retrieval model if it has a version; return what was loaded."""
+    """Load `recommend`, and the models that have a version; return what was loaded."""
     with TritonServer(settings.triton.grpc) as server:
         loaded = []
-        if has_version(settings.model_repository / RETRIEVAL_MODEL):
-            server.load(RETRIEVAL_MODEL)
-            loaded.append(RETRIEVAL_MODEL)
+        for model in (LIFELONG_MODEL, RETRIEVAL_MODEL):
+            if has_version(settings.model_repository / model):
+                server.load(model)
+                loaded.append(model)
         server.load(RECOMMEND_MODEL)
         return [*loaded, RECOMMEND_MODEL]
 

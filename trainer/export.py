@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
+from trainer.batches import PADDING
 from trainer.errors import ExportError
 from trainer.models.lifelong import Compressor, memory_version
 from trainer.models.serving import (
     NUM_EXCLUDED,
-    PADDING,
     GemsServing,
     Tensors,
     compressor_input_signature,
@@ -93,13 +93,13 @@ def export(trained: Trained, staging: Path, provenance: Provenance) -> dict[str,
         files.append(COMPRESSOR_FILE)
         manifest["memory_version"] = memory_version(trained.model.compressor)
     manifest["files"] = {name: sha256_of(staging / name) for name in files}
-    write_manifest(manifest, staging / MANIFEST_FILE)
+    (staging / MANIFEST_FILE).write_bytes(manifest_bytes(manifest))
     return manifest
 
 
-def write_manifest(manifest: Mapping[str, Any], path: Path) -> None:
-    """Write a manifest the way every manifest is written."""
-    path.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
+    """A manifest as it is written, here and where it is published."""
+    return (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode()
 
 
 def exported_compressor(compressor: Compressor) -> ExportedProgram:
@@ -196,7 +196,7 @@ def verify(directory: Path) -> dict[str, Any]:
     Raises:
         ExportError: A file is missing or differs from its hash, or the manifest names none.
     """
-    manifest = _read_manifest(directory / MANIFEST_FILE)
+    manifest = read_manifest(directory / MANIFEST_FILE)
     for name, expected in manifest["files"].items():
         path = directory / name
         actual = sha256_of(path) if path.is_file() else "no such file"
@@ -206,7 +206,12 @@ def verify(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read a manifest without looking at the files beside it.
+
+    Raises:
+        ExportError: It is none, or of another version.
+    """
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -215,6 +220,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     hashes = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(hashes, dict) or not {MODEL_FILE, ITEM_IDS_FILE} <= hashes.keys():
         msg = f"{path} does not name the files of a package; export again"
+        raise ExportError(msg)
+    if manifest.get("manifest_version") != MANIFEST_VERSION:
+        msg = (
+            f"{path} has version {manifest.get('manifest_version')}, this Moveline reads "
+            f"{MANIFEST_VERSION}; train and export again: moveline train"
+        )
         raise ExportError(msg)
     read: dict[str, Any] = manifest
     return read

@@ -18,7 +18,7 @@ from features.events import EVENT_VERSION
 from features.row import ROW_FORMAT, TRAILER_BYTES, newest_bytes
 from features.schema import schema_hash
 from features.state import RECORD_BYTES
-from scoring.signature import LIFELONG_SLOTS, LIFELONG_WIDTH, NUM_EXCLUDED, USERS_MAX
+from scoring.signature import LIFELONG_ROWS, LIFELONG_WIDTH, NUM_EXCLUDED, USERS_MAX
 from streams.chunk_cap import WAITING_CHUNKS_DEFAULT
 from trainer.export import MANIFEST_VERSION
 
@@ -163,7 +163,7 @@ def test_sizes_are_those_of_the_formats(architecture: str, table: Table) -> None
         newest_bytes(streams),
         USERS_MAX * newest_bytes(streams),
         newest_bytes(small.recent),
-        streams * 5 * 8 + LIFELONG_SLOTS * (LIFELONG_WIDTH * 4 + 8) + NUM_EXCLUDED * 8,
+        streams * 5 * 8 + LIFELONG_ROWS * LIFELONG_WIDTH * 4 + 8 + NUM_EXCLUDED * 8,
         10 * 12 + 7 * 8 + 3 * 4,
     }
 

@@ -14,7 +14,7 @@ from features.config import StateConfig, config_from_json
 from features.lake import LAKE_SCHEMA, file_name
 from features.redis import Pointers, Trending
 from features.schema import SERVICES, schema_hash, views
-from scoring.signature import LIFELONG_SLOTS, LIFELONG_WIDTH
+from scoring.signature import LIFELONG_ROWS, LIFELONG_WIDTH
 
 CONFIG_JSON = (
     b'{"actions":["impression","click","view","like","dislike","cart","purchase","rating"],'
@@ -30,7 +30,7 @@ def test_the_schema_hash() -> None:
 
 def test_what_a_model_reads_is_as_large_as_its_place_in_the_schema() -> None:
     shapes = {f.name: f.shape for view in views(StateConfig()) for f in view.features}
-    assert shapes["lifelong_memory"] == (LIFELONG_SLOTS, LIFELONG_WIDTH)
+    assert shapes["lifelong_memory"] == (LIFELONG_ROWS, LIFELONG_WIDTH)
     assert shapes["recent_item_id"] == (64,)
 
 

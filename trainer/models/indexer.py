@@ -12,7 +12,7 @@ E width of an attention head, K keys kept.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,9 @@ from trainer.models.layers import Attention, Branch, Memory, StreamTokens
 
 # 1: full attention. 2: full attention, and the indexer learns from it. 3: as served, top-K on.
 Stage = Literal[1, 2, 3]
-FULL, DISTIL, TOP_K = 1, 2, 3
+FULL: Final = 1
+DISTIL: Final = 2
+TOP_K: Final = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,13 +64,14 @@ class Indexer(nn.Module):
         """Scores [B, Q, N]; those of padding mean nothing."""
         query_BQD = query_BQD.detach()
         heads = (self.config.num_heads, self.config.key_width)
-        query_BGQE = self.query(query_BQD).unflatten(2, heads).transpose(1, 2)
-        key_BGEN = key_BNX.unflatten(2, heads).permute(0, 2, 3, 1)
+        query_BGQE = self.query(query_BQD).view(*query_BQD.shape[:2], *heads).transpose(1, 2)
+        key_BGEN = key_BNX.view(*key_BNX.shape[:2], *heads).permute(0, 2, 3, 1)
         score_BGQN = (query_BGQE @ key_BGEN) / math.sqrt(self.config.key_width)
         if self.config.relu:
             score_BGQN = score_BGQN.relu()
         weight_BGQ1 = self.weight(query_BQD).transpose(1, 2).unsqueeze(3)
-        return (score_BGQN * weight_BGQ1).sum(dim=1)
+        score_BQN: Tensor = (score_BGQN * weight_BGQ1).sum(dim=1)
+        return score_BQN
 
 
 class IndexedBranch(Branch):
