@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from compose.errors import ComposeError
+from features.generations import Generations
 from features.lifelong import LiveMemory, check_version
-from features.lifelong_store import put_live_memories
+from features.lifelong_store import LifelongStore, put_live_memories
 from features.redis import connect
+from features.store import open_state
 from scoring.signature import RETRIEVAL_MODEL
 from streams.control import read_memories, write_memories
+from streams.lifelong_build import COVERAGE_DEFAULT, coverage
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -83,6 +86,23 @@ def keep_live(
         one for one in read_memories(kafka, topics) if one.memory_version != memory.memory_version
     ]
     return _record(settings, kafka, topics, (*others, memory))
+
+
+def refuse_uncovered(settings: Settings, generation: int, memory: LiveMemory) -> None:
+    """Return unless too many users' memories lack something; looks at every user.
+
+    Raises:
+        MemoryVersionError: they do.
+    """
+    states = open_state(connect(settings.redis.url), generation=generation)
+    users = Generations(states.client).users(generation, lambda _: True)
+    found = coverage(LifelongStore.of(states), users, memory.memory_version)
+    if found.share < COVERAGE_DEFAULT:
+        raise MemoryVersionError(
+            f"memories of version {memory.memory_version} are whole for {found.share:.1%} of "
+            f"{found.num_users:,} users, {COVERAGE_DEFAULT:.0%} are needed; the model is in the "
+            "repository and not live: moveline lifelong build, then moveline publish again"
+        )
 
 
 def retire(
