@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from compose.errors import ComposeError
+from compose.memories import keep_live, memory_of, refuse_uncovered
 from features.redis import CatalogueStore, Pointers, connect
 from scoring.client import Recommender
 from scoring.live import REFRESH_S
@@ -51,12 +52,17 @@ def flip(settings: Settings, kafka: KafkaConfig, topics: Topics, version: int) -
     First the control topic, the record of truth, then Redis, which every answer follows.
 
     Raises:
+        MemoryVersionError: too many users lack memories of the version that it reads.
         FlipNotSeenError: answers did not carry the version within FLIP_TIMEOUT_S.
     """
     catalogue = CatalogueStore(connect(settings.redis.url))
     recorded = read_pointers(kafka, topics)
     generation = recorded.generation if recorded else settings.generation_number
-    pointers = Pointers(version, generation)
+    memory = memory_of(settings.model_repository, version)
+    if memory is not None:
+        keep_live(settings, kafka, topics, memory)
+        refuse_uncovered(settings, generation, memory)
+    pointers = Pointers(version, generation, memory.memory_version if memory else None)
     started = time.monotonic()
     write_pointers(kafka, topics, pointers)
     catalogue.put_pointers(pointers)
