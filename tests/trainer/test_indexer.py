@@ -67,6 +67,19 @@ def test_fewer_keys_are_those_of_the_highest_score() -> None:
         torch.testing.assert_close(top[:, number : number + 1], slow)
 
 
+@pytest.mark.parametrize("relu", [False, True])
+def test_scores_are_the_weighted_sum_over_heads(relu: bool) -> None:  # noqa: FBT001 - drawn
+    indexer = made_up_branch(relu=relu).indexer
+    query, source = torch.randn(1, NUM_QUERIES, WIDTH), torch.randn(1, NUM_KEYS, WIDTH)
+    score = indexer(query, indexer.remember(source))
+    for q in range(NUM_QUERIES):
+        weight, asked = indexer.weight(query[0, q]), indexer.query(query[0, q]).view(2, 4)
+        for n in range(NUM_KEYS):
+            dots = (asked * indexer.key(source[0, n]).view(2, 4)).sum(dim=1) / 4**0.5
+            slow = (weight * (dots.relu() if relu else dots)).sum()
+            torch.testing.assert_close(score[0, q, n], slow)
+
+
 @pytest.mark.parametrize("stage", [FULL, DISTIL, TOP_K])
 def test_padding_changes_nothing(stage: Literal[1, 2, 3]) -> None:
     branch = made_up_branch(top_k=5).train()
@@ -89,7 +102,7 @@ def test_without_keys_the_answer_is_zero_and_gradients_are_finite(stage: Literal
     query = torch.randn(2, NUM_QUERIES, WIDTH)
     answer, loss = branch.read(query, branch.remember(StreamTokens(tokens, mask)))
     assert (answer == 0).all()
-    assert float(loss) == 0
+    assert float(loss.detach()) == 0
     (answer.sum() + loss).backward()
     assert tokens.grad is not None
     assert torch.isfinite(tokens.grad).all()
