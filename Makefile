@@ -8,7 +8,8 @@
 #   make parity [PAIRS=n] [DATA=folder] [RECORD=1] [KAFKA_HOME=...]
 #                                         what online reads return equals what the lake gives
 #   make bench-ingest, bench-freshness, bench-replay, bench-memory [RECORD=1] [EVENTS=n]
-#        bench-pit, bench-read [ROUNDS=n], bench-compact [USERS=n] measured; RECORD=1 keeps it under benchmarks/results
+#        bench-pit, bench-read [ROUNDS=n], bench-compact [USERS=n]
+#                                         measured; RECORD=1 keeps it under benchmarks/results
 #   make check                            format, lint, types, import contracts (under 60 s)
 #   make figures                          benchmarks/results into README.md
 #   make up / make down                   the local stack by itself

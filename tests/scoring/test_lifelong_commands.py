@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from compose.memories import memory_of
+from features.errors import GenerationError
 from features.keys import bucket_of, memories_key
 from features.lifelong_store import LifelongStore, get_live_memories, put_live_memories
 from features.nearline import markers_key
@@ -204,7 +205,7 @@ def test_a_generation_without_memories_is_not_promoted(place: Place) -> None:
         execute(name, "HSET", chunks, "first", 1)
         execute(name, "HDEL", chunks, 0)
     here = Installation(place.kafka, place.topics, place.store.client)
-    with pytest.raises(Exception, match=f"whole memories of version {version} for 0.0% of 10 users"):
+    with pytest.raises(GenerationError, match=f"version {version} for 0.0% of 10 users"):
         here.promote(place.store.generation, model_version=3, memory_version=version)
     assert place.lifelong("build").returncode == 0
     here.promote(place.store.generation, model_version=3, memory_version=version)
