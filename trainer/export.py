@@ -5,11 +5,13 @@ Legend: B users, N events, V items.
 
 import hashlib
 import json
+import statistics
+import time
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -48,6 +50,9 @@ MAX_FOLDED = 65_536
 EXAMPLE_BATCH = 2
 # Likewise the events that the compressor is traced with.
 EXAMPLE_EVENTS = 8
+MID_ATTENTIONS: Final[tuple[Literal["full", "indexer"], ...]] = ("full", "indexer")
+# Calls whose median decides between two ways to attend; the first ones warm up.
+NUM_TIMED_CALLS = 15
 # A pickle begins with its protocol opcode and a version; torch writes protocols 2 to 5.
 PICKLE_STARTS = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
 # Files inside the package that hold raw numbers and may begin with any bytes.
@@ -83,6 +88,8 @@ def export(trained: Trained, staging: Path, provenance: Provenance) -> dict[str,
         msg = f"{staging} is not empty; give an empty staging directory"
         raise ExportError(msg)
     serving = GemsServing(trained.model, trained.vocabulary).eval()
+    if trained.config.model.mid_attention == "measured":
+        serving.choose_mid_attention(faster_mid_attention(serving))
     save_package(exported(serving), staging / MODEL_FILE)
     ids = trained.vocabulary.item_ids_V.astype("<i8").tobytes()
     (staging / ITEM_IDS_FILE).write_bytes(ids)
@@ -95,6 +102,39 @@ def export(trained: Trained, staging: Path, provenance: Provenance) -> dict[str,
     manifest["files"] = {name: sha256_of(staging / name) for name in files}
     (staging / MANIFEST_FILE).write_bytes(manifest_bytes(manifest))
     return manifest
+
+
+def faster_mid_attention(serving: GemsServing) -> Literal["full", "indexer"]:
+    """Which attention answers one user with full streams faster on this machine, in one thread.
+
+    Full attention reads every key; the indexer scores every key, cheaper, and gathers a few. On a
+    CPU and with short streams the gathering costs more than it saves.
+    """
+    inputs = example_inputs(serving, batch=1)
+    names = [spec.name for spec in input_signature(serving.model.config, num_items=len(inputs[-1]))]
+    known = serving.item_ids_V[:1]
+    filled = [
+        known.expand_as(tensor) if name in {"recent_item", "mid_item"} else tensor
+        for name, tensor in zip(names, inputs, strict=True)
+    ]
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    seconds = {choice: _median_s(serving, choice, filled) for choice in MID_ATTENTIONS}
+    torch.set_num_threads(num_threads)
+    return min(MID_ATTENTIONS, key=lambda choice: seconds[choice])
+
+
+def _median_s(
+    serving: GemsServing, choice: Literal["full", "indexer"], inputs: list[Tensor]
+) -> float:
+    serving.choose_mid_attention(choice)
+    taken = []
+    with torch.inference_mode():
+        for _ in range(NUM_TIMED_CALLS):
+            started = time.perf_counter()
+            serving(*inputs)
+            taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
 
 
 def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
@@ -257,6 +297,7 @@ def _manifest(trained: Trained, serving: GemsServing, provenance: Provenance) ->
         "inputs": [_described(spec) for spec in inputs],
         "outputs": [_described(spec) for spec in output_signature()],
         "max_mid": MAX_MID,
+        "mid_attention": serving.mid_attention,
         # None until a compressor is exported beside the model.
         "memory_version": None,
         "compressor_inputs": [_described(spec) for spec in compressor_input_signature()],

@@ -77,7 +77,7 @@ def paths_in(text: str) -> set[str]:
 def test_every_path_exists(document: str, repository: Path) -> None:
     named = paths_in((repository / document).read_text(encoding="utf-8"))
     # Versions are written by a publication and are in no clone.
-    named = {re.sub(r"^model_repo/gems/(N|VERSION)$", "model_repo/gems", path) for path in named}
+    named = {re.sub(r"^(model_repo/\w+)/(N|VERSION)$", r"\1", path) for path in named}
     absent = {path for path in named if not (repository / path).exists()}
     # The picture and the texts name modules without their ending.
     assert {path for path in absent if not (repository / f"{path}.py").is_file()} == set()

@@ -40,7 +40,7 @@ VERSION = V2.memory_version
 NUM_USERS = 12
 
 
-def log_of(seed: int, count: int) -> list[Accepted]:
+def log_of(seed: int, count: int, *, domain: int = 0) -> list[Accepted]:
     """Return one user's events, some of them late by much or little."""
     source = random.Random(seed)
     events = []
@@ -49,7 +49,7 @@ def log_of(seed: int, count: int) -> list[Accepted]:
         time_ms = 1_000_000 + 10 * offset - late
         at = Position(0, 0, offset)
         item, hashed = source.randrange(500), 1 + offset + 10_000 * seed
-        events.append(Accepted(at, 2_000_000, item, time_ms, 0, hashed, -1, 0.0, 1))
+        events.append(Accepted(at, 2_000_000, item, time_ms, domain, hashed, -1, 0.0, 1))
     return events
 
 

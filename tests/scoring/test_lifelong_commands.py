@@ -16,6 +16,7 @@ import pytest
 
 from compose.memories import memory_of
 from features.errors import GenerationError
+from features.events import domain_hash
 from features.keys import bucket_of, memories_key
 from features.lifelong_store import LifelongStore, get_live_memories, put_live_memories
 from features.nearline import markers_key
@@ -91,8 +92,11 @@ def place(
     addresses = triton_stack.addresses
     kafka, topics = KafkaConfig(addresses.kafka), Topics(f"t{uuid.uuid4().hex[:12]}")
     ensure_topics(kafka, topics.specs(NUM_PARTITIONS))
-    logs = {10 * n: log_of(n, 30 + 15 * n) for n in range(1, NUM_USERS + 1)}
-    put_states(served_store, logs)
+    sizes = {10 * n: (n, 30 + 15 * n) for n in range(1, NUM_USERS + 1)}
+    # A lake has the domain as a text, `write_logs` names it after the number; a state has its hash.
+    domain = domain_hash("d0")
+    put_states(served_store, {user: log_of(*size, domain=domain) for user, size in sizes.items()})
+    logs = {user: log_of(*size) for user, size in sizes.items()}
     write_logs(tmp_path / "lake", logs, topic=topics.events)
     pointers = Pointers(version, served_store.generation)
     CatalogueStore(served_store.client).put_pointers(pointers)

@@ -222,7 +222,7 @@ def newest_vectors(compressor: Compressor, events: OldEvents) -> tuple[Tensor, T
 
 def index_of(sorted_ids: Tensor, ids: Tensor) -> Tensor:
     """Place of each id plus one, or 0; the torch twin of vocabulary.index_of."""
-    place = torch.searchsorted(sorted_ids, ids).clamp(max=sorted_ids.shape[0] - 1)
+    place = torch.searchsorted(sorted_ids, ids.contiguous()).clamp(max=sorted_ids.shape[0] - 1)
     return torch.where(sorted_ids[place] == ids, place + 1, 0)
 
 
