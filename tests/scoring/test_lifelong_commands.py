@@ -14,16 +14,20 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from compose.memories import memory_of
+from compose.memories import MemoryVersionError, memory_of
+from compose.serving import flip
+from compose.settings import Settings, load_settings
+from features.chunks import FIRST_FIELD
 from features.errors import GenerationError
 from features.events import domain_hash
-from features.keys import bucket_of, memories_key
+from features.keys import bucket_of, chunks_key, memories_key
 from features.lifelong_store import LifelongStore, get_live_memories, put_live_memories
 from features.nearline import markers_key
 from features.redis import CatalogueStore, Pointers, execute
 from streams.control import read_memories, write_memories, write_pointers
 from streams.generations import Installation
 from streams.kafka import KafkaConfig, ensure_topics
+from streams.lifelong_build import coverage
 from streams.nearline import Hint, Nearline, Work, prepare_topics
 from streams.nearline_config import NearlineConfig
 from streams.topics import Topics
@@ -66,6 +70,17 @@ class Place:
             text=True,
             timeout=120,
             check=False,
+        )
+
+    def settings(self, *, lake: Path | None = None) -> Settings:
+        """Return what the commands are told."""
+        at = self.environment
+        return load_settings(
+            kafka={"bootstrap": self.kafka.bootstrap, "prefix": self.topics.prefix},
+            redis={"url": at["MOVELINE_REDIS__URL"]},
+            triton={"grpc": at["MOVELINE_TRITON__GRPC"]},
+            lake={"path": lake or at["MOVELINE_LAKE__PATH"]},
+            model_repository=at["MOVELINE_MODEL_REPOSITORY"],
         )
 
     def nearline(self, triton: str) -> Nearline:
@@ -116,6 +131,13 @@ def place(
         "MOVELINE_RUN_DIR": str(tmp_path),
     }
     return Place(kafka, topics, served_store, memory, environment)
+
+
+def lose_first_chunk(store: StateStore, user: int) -> None:
+    """The cap has come before the fold."""
+    chunks = chunks_key(store.generation, user)
+    execute(store.client, "HSET", chunks, FIRST_FIELD, 1)
+    execute(store.client, "HDEL", chunks, 0)
 
 
 def test_built_verified_and_retired(place: Place) -> None:
@@ -204,10 +226,7 @@ def test_a_generation_without_memories_is_not_promoted(place: Place) -> None:
     """What has left its chunks' hash is in no memory: the model would miss it."""
     version = place.memory.memory_version
     for user in range(10, 10 * NUM_USERS + 1, 10):
-        name = place.store.client
-        chunks = f"moveline:{{b{bucket_of(user)}}}:g{place.store.generation}:chunks:{user}"
-        execute(name, "HSET", chunks, "first", 1)
-        execute(name, "HDEL", chunks, 0)
+        lose_first_chunk(place.store, user)
     here = Installation(place.kafka, place.topics, place.store.client)
     with pytest.raises(GenerationError, match=f"version {version} for 0.0% of 10 users"):
         here.promote(place.store.generation, model_version=3, memory_version=version)
@@ -215,3 +234,27 @@ def test_a_generation_without_memories_is_not_promoted(place: Place) -> None:
     here.promote(place.store.generation, model_version=3, memory_version=version)
     found = CatalogueStore(place.store.client).get_pointers()
     assert found == Pointers(3, place.store.generation, version)
+
+
+def test_a_model_goes_live_with_its_memories(place: Place, version: int) -> None:
+    kafka, topics = place.kafka, place.topics
+    flip(place.settings(), kafka, topics, version)
+    assert CatalogueStore(place.store.client).get_pointers() == Pointers(
+        version, place.store.generation, place.memory.memory_version
+    )
+    found = coverage(place.memories, list(range(10, 101, 10)), place.memory.memory_version)
+    assert found.num_folded == found.num_chunks > 0
+
+
+def test_a_model_whose_memories_cannot_be_made_does_not_go_live(
+    place: Place, version: int, tmp_path: Path
+) -> None:
+    before = CatalogueStore(place.store.client).get_pointers()
+    for user in range(10, 10 * NUM_USERS + 1, 10):
+        lose_first_chunk(place.store, user)
+    short = {10 * n: log_of(n, 5) for n in range(1, NUM_USERS + 1)}
+    write_logs(tmp_path / "short", short, topic=place.topics.events)
+    settings = place.settings(lake=tmp_path / "short")
+    with pytest.raises(MemoryVersionError, match="whole for 0.0% of 10 users"):
+        flip(settings, place.kafka, place.topics, version)
+    assert CatalogueStore(place.store.client).get_pointers() == before
