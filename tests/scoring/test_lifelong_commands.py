@@ -255,6 +255,6 @@ def test_a_model_whose_memories_cannot_be_made_does_not_go_live(
     short = {10 * n: log_of(n, 5) for n in range(1, NUM_USERS + 1)}
     write_logs(tmp_path / "short", short, topic=place.topics.events)
     settings = place.settings(lake=tmp_path / "short")
-    with pytest.raises(MemoryVersionError, match="whole for 0.0% of 10 users"):
+    with pytest.raises(MemoryVersionError, match=r"whole for 0\.0% of 10 users"):
         flip(settings, place.kafka, place.topics, version)
     assert CatalogueStore(place.store.client).get_pointers() == before
