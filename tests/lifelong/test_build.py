@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from features.lifelong import Memory
+    from features.lifelong import Chunks, Folded, Memory
     from features.redis import StateStore
 
 VERSION = V2.memory_version
@@ -167,7 +167,7 @@ def test_side_by_side_with_compaction_nothing_is_doubled(world: World) -> None:
     world.apply()
     builder = world.builder()
 
-    def fold_beside(model_version: int, records_NC):  # noqa: ANN001, ANN202 - see Fold
+    def fold_beside(model_version: int, records_NC: Chunks) -> Folded:
         builder.fold = fold_values
         world.compactor.compact(world.users, [V2])
         return fold_values(model_version, records_NC)
