@@ -8,20 +8,26 @@ import msgspec
 
 from compose.errors import ComposeError
 from features.generations import Generations
+from features.lake_users import stream_users
 from features.lifelong import LiveMemory, check_version
 from features.lifelong_store import LifelongStore, put_live_memories
 from features.redis import connect
 from features.store import open_state
 from scoring.signature import RETRIEVAL_MODEL
+from scoring.triton import TritonServer
 from streams.control import read_memories, write_memories
-from streams.lifelong_build import COVERAGE_DEFAULT, coverage
+from streams.fold import TritonFold
+from streams.lifelong_build import COVERAGE_DEFAULT, MemoryBuilder, coverage
+from streams.progress import progress_bar
+from streams.topics import Topics
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from compose.settings import Settings
     from streams.kafka import KafkaConfig
-    from streams.topics import Topics
+    from streams.lifelong_build import BuildReport, Coverage
 
 MANIFEST: Final = "manifest.json"
 
@@ -88,20 +94,55 @@ def keep_live(
     return _record(settings, kafka, topics, (*others, memory))
 
 
-def refuse_uncovered(settings: Settings, generation: int, memory: LiveMemory) -> None:
-    """Return unless too many users' memories lack something; looks at every user.
+def build_memories(
+    settings: Settings,
+    generation: int,
+    memory: LiveMemory,
+    *,
+    rate: float | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> tuple[BuildReport, Coverage]:
+    """Fold what the lake has and a generation's memories lack; return what that came to.
 
     Raises:
-        MemoryVersionError: they do.
+        LakeError: there is no lake, or it cannot be read.
+        StoreError, ScoringError: Redis or the compressor is away; what was written stays.
     """
-    states = open_state(connect(settings.redis.url), generation=generation)
-    users = Generations(states.client).users(generation, lambda _: True)
-    found = coverage(LifelongStore.of(states), users, memory.memory_version)
+    memories = LifelongStore.of(open_state(connect(settings.redis.url), generation=generation))
+    users = Generations(memories.client).users(generation, lambda _: True)
+    events = Topics(settings.kafka.prefix).events
+    with (
+        TritonServer(settings.triton.grpc) as server,
+        progress_bar("memories", total=len(users), unit="users") as advance,
+    ):
+        builder = MemoryBuilder(
+            memories,
+            memory,
+            TritonFold(server),
+            rate=rate,
+            advance=advance,
+            should_stop=should_stop,
+        )
+        report = builder.run(stream_users(settings.lake.path, events, memories.config))
+    return report, coverage(memories, users, memory.memory_version)
+
+
+def make_ready(
+    settings: Settings, kafka: KafkaConfig, topics: Topics, generation: int, memory: LiveMemory
+) -> None:
+    """Have a model's memories kept up to date, and make those that are missing.
+
+    Raises:
+        MemoryVersionError: too many users still lack something.
+    """
+    keep_live(settings, kafka, topics, memory)
+    _, found = build_memories(settings, generation, memory)
     if found.share < COVERAGE_DEFAULT:
         raise MemoryVersionError(
             f"memories of version {memory.memory_version} are whole for {found.share:.1%} of "
             f"{found.num_users:,} users, {COVERAGE_DEFAULT:.0%} are needed; the model is in the "
-            "repository and not live: moveline lifelong build, then moveline publish again"
+            "repository and not live. Let the lake catch up (moveline lake --until-end), then "
+            "moveline publish again"
         )
 
 

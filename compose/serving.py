@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from compose.errors import ComposeError
-from compose.memories import keep_live, memory_of, refuse_uncovered
+from compose.memories import make_ready, memory_of
 from features.redis import CatalogueStore, Pointers, connect
 from scoring.client import Recommender
 from scoring.live import REFRESH_S
@@ -60,8 +60,7 @@ def flip(settings: Settings, kafka: KafkaConfig, topics: Topics, version: int) -
     generation = recorded.generation if recorded else settings.generation_number
     memory = memory_of(settings.model_repository, version)
     if memory is not None:
-        keep_live(settings, kafka, topics, memory)
-        refuse_uncovered(settings, generation, memory)
+        make_ready(settings, kafka, topics, generation, memory)
     pointers = Pointers(version, generation, memory.memory_version if memory else None)
     started = time.monotonic()
     write_pointers(kafka, topics, pointers)

@@ -150,12 +150,7 @@ def build(
 
     Example: moveline lake --until-end && moveline lifelong build
     """
-    from compose.memories import find_memory, keep_live
-    from scoring.triton import TritonServer
-    from streams.fold import TritonFold
-    from streams.lifelong_build import MemoryBuilder
-    from streams.lifelong_build import coverage as coverage_of
-    from streams.progress import progress_bar
+    from compose.memories import build_memories, find_memory, keep_live
 
     settings = options.settings_of(
         config,
@@ -167,23 +162,10 @@ def build(
         generation=generation,
     )
     live = find_memory(settings.model_repository, memory_version)
-    place = _place(settings, generation)
+    number = _place(settings, generation).memories.generation
     keep_live(settings, *options.kafka_of(settings), live)
     stop = stop_on_signals()
-    with (
-        TritonServer(settings.triton.grpc) as server,
-        progress_bar("memories", total=len(place.users()), unit="users") as advance,
-    ):
-        builder = MemoryBuilder(
-            place.memories,
-            live,
-            TritonFold(server),
-            rate=rate,
-            advance=advance,
-            should_stop=stop.is_set,
-        )
-        report = builder.run(place.parts())
-    found = coverage_of(place.memories, place.users(), live.memory_version)
+    report, found = build_memories(settings, number, live, rate=rate, should_stop=stop.is_set)
     Console(stderr=True).print(
         f"memory version {live.memory_version}: {report.num_chunks:,} chunks folded for "
         f"{report.num_users:,} users; {found.share:.2%} of {found.num_users:,} users with chunks "

@@ -15,6 +15,7 @@ import pytest
 
 from features.config import StateConfig
 from features.events import EVENT_VERSION
+from features.lifelong import MEMORY_BYTES
 from features.row import ROW_FORMAT, TRAILER_BYTES, newest_bytes
 from features.schema import schema_hash
 from features.state import RECORD_BYTES
@@ -157,6 +158,8 @@ def test_sizes_are_those_of_the_formats(architecture: str, table: Table) -> None
         newest_bytes(large.tail_max - 1),
         (10_000 - streams) // small.chunk * small.chunk * RECORD_BYTES,
         WAITING_CHUNKS_DEFAULT * small.chunk * RECORD_BYTES,
+        MEMORY_BYTES,
+        newest_bytes(small.tail_max - 1) + MEMORY_BYTES + 3 * 4,
         append,
         leave,
         ((small.chunk - 1) * append + leave) // small.chunk,

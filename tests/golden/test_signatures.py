@@ -121,6 +121,7 @@ def test_provenance_and_degraded_flags() -> None:
         "MODEL_AWAY": 4,
         "POSITION_NOT_REACHED": 8,
         "FEW_CANDIDATES": 16,
+        "LIFELONG": 32,
     }
 
 

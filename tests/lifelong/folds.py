@@ -14,15 +14,14 @@ import numpy as np
 from features.lifelong import LIFELONG_ROWS, LIFELONG_WIDTH, Folded, LiveMemory
 
 if TYPE_CHECKING:
-    from features.lifelong import Memory
-    from features.view import Records
+    from features.lifelong import Chunks, Memory
 
 _PLACES: Final = LIFELONG_ROWS * LIFELONG_WIDTH
 V1: Final = LiveMemory("00000000000000a1", 1)
 V2: Final = LiveMemory("00000000000000b2", 2)
 
 
-def fold_ordinals(model_version: int, records_NC: Records) -> Folded:
+def fold_ordinals(model_version: int, records_NC: Chunks) -> Folded:
     """Return states in which place `ordinal` counts how often that event was folded."""
     del model_version
     size, chunk = records_NC.shape
@@ -40,7 +39,7 @@ def ordinals_in(memory: Memory) -> Counter[int]:
     return Counter({int(at): int(places[at]) for at in np.flatnonzero(places)})
 
 
-def fold_values(model_version: int, records_NC: Records) -> Folded:
+def fold_values(model_version: int, records_NC: Chunks) -> Folded:
     """Return states of many different sizes, as a real compressor makes them: sums are rounded."""
     size, chunk = records_NC.shape
     state = np.zeros((size, LIFELONG_ROWS, LIFELONG_WIDTH), np.float64)

@@ -169,18 +169,8 @@ def events_of(count: int, *, seed: int) -> list[Accepted]:
     late = np.where(source.random(count) < 0.2, source.integers(0, 2_000, count), 0)
     times = 10_000 + 10 * np.arange(count) - late
     return [
-        Accepted(
-            Position(0, 0, n),
-            20_000,
-            1_000 + n,
-            10_000 + 10 * n - int(late[n]),
-            7,
-            n + 1,
-            3,
-            1.0,
-            1,
-        )
-        for n in range(count)
+        Accepted(Position(0, 0, n), 20_000, 1_000 + n, time_ms, 7, n + 1, 3, 1.0, 1)
+        for n, time_ms in enumerate(times.tolist())
     ]
 
 

@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from features.lifelong import Memory
+    from features.lifelong import Chunks, Folded, Memory
     from features.redis import StateStore
 
 VERSION = V2.memory_version
 NUM_USERS = 12
 
 
-def log_of(seed: int, count: int) -> list[Accepted]:
+def log_of(seed: int, count: int, *, domain: int = 0) -> list[Accepted]:
     """Return one user's events, some of them late by much or little."""
     source = random.Random(seed)
     events = []
@@ -49,7 +49,7 @@ def log_of(seed: int, count: int) -> list[Accepted]:
         time_ms = 1_000_000 + 10 * offset - late
         at = Position(0, 0, offset)
         item, hashed = source.randrange(500), 1 + offset + 10_000 * seed
-        events.append(Accepted(at, 2_000_000, item, time_ms, 0, hashed, -1, 0.0, 1))
+        events.append(Accepted(at, 2_000_000, item, time_ms, domain, hashed, -1, 0.0, 1))
     return events
 
 
@@ -167,7 +167,7 @@ def test_side_by_side_with_compaction_nothing_is_doubled(world: World) -> None:
     world.apply()
     builder = world.builder()
 
-    def fold_beside(model_version: int, records_NC):  # noqa: ANN001, ANN202 - see Fold
+    def fold_beside(model_version: int, records_NC: Chunks) -> Folded:
         builder.fold = fold_values
         world.compactor.compact(world.users, [V2])
         return fold_values(model_version, records_NC)

@@ -22,9 +22,8 @@ from tests.lifelong.folds import V1, V2, fold_ordinals, ordinals_in
 from tests.lifelong.test_exactly_once import VERSIONS, User, refill
 
 if TYPE_CHECKING:
-    from features.lifelong import Folded, Memory
+    from features.lifelong import Chunks, Folded, Memory
     from features.redis import StateStore
-    from features.view import Records
 
 
 class Away:
@@ -34,7 +33,7 @@ class Away:
         self.version = version
         self.asked: list[int] = []
 
-    def __call__(self, model_version: int, records_NC: Records) -> Folded:
+    def __call__(self, model_version: int, records_NC: Chunks) -> Folded:
         """Fold, or raise."""
         self.asked.append(model_version)
         if model_version == self.version:

@@ -33,8 +33,7 @@ from tests.small import put_states
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from features.lifelong import Folded
-    from features.view import Records
+    from features.lifelong import Chunks, Folded
 
 _USERS = itertools.count(1)
 VERSIONS = (V1, V2)
@@ -59,7 +58,7 @@ class User:
         self.other = Compactor(self.memories, sessions, fold_ordinals)
         self.sweep()
 
-    def _interrupted_fold(self, model_version: int, records_NC: Records) -> Folded:
+    def _interrupted_fold(self, model_version: int, records_NC: Chunks) -> Folded:
         """Fold; something happens between what was read and what will be written."""
         folded = fold_ordinals(model_version, records_NC)
         if self.interruption is not None:

@@ -94,11 +94,11 @@ def test_answers_read_the_memory_that_their_model_names(
     go_live(version)
     without = recommender.recommend(USER, k=5, deadline_s=10)
     assert without.provenance.degraded is Degraded.NONE
-    assert without.contribution.lifelong == 0
+    assert without.provenance.contribution[2] == 0
     pointers = Pointers(version, served_store.generation, memory.memory_version)
     served_catalogue.put_pointers(pointers)
     until(
-        lambda: recommender.recommend(USER, k=5, deadline_s=10).contribution.lifelong > 0,
+        lambda: recommender.recommend(USER, k=5, deadline_s=10).provenance.contribution[2] > 0,
         20,
         what="the memory is read",
     )
