@@ -8,7 +8,8 @@
 #   make parity [PAIRS=n] [DATA=folder] [RECORD=1] [KAFKA_HOME=...]
 #                                         what online reads return equals what the lake gives
 #   make bench-ingest, bench-freshness, bench-replay, bench-memory [RECORD=1] [EVENTS=n]
-#        bench-pit, bench-read [ROUNDS=n] measured; RECORD=1 keeps it under benchmarks/results
+#        bench-pit, bench-read [ROUNDS=n], bench-compact [USERS=n]
+#                                         measured; RECORD=1 keeps it under benchmarks/results
 #   make bench-train [RECORD=1]           tokens/s of training, against stock PyTorch layers; MFU
 #   make check                            format, lint, types, import contracts (under 60 s)
 #   make figures                          benchmarks/results into README.md
@@ -26,7 +27,7 @@ DATA ?= ../shared/data
 BIN := .venv/bin
 
 .PHONY: demo test sim faults parity bench-ingest bench-freshness bench-replay bench-memory
-.PHONY: bench-pit bench-read bench-train check format figures up down clean
+.PHONY: bench-pit bench-read bench-compact bench-train check format figures up down clean
 
 demo: .venv/stamp-local
 	$(BIN)/moveline demo $(if $(KEEP),--keep) $(if $(RECORD),--record)
@@ -75,6 +76,9 @@ bench-memory: .venv/stamp-dev
 
 bench-read: .venv/stamp-local
 	$(BIN)/python -m benchmarks.bench_read $(if $(RECORD),--record)
+
+bench-compact: .venv/stamp-local
+	$(BIN)/python -m benchmarks.bench_compact $(if $(RECORD),--record)
 
 bench-train: .venv/stamp-local
 	$(BIN)/python -m benchmarks.bench_train $(if $(RECORD),--record)

@@ -1,26 +1,31 @@
-"""Export without pickle: a torch.export package, raw files, and a manifest that hashes them.
+"""Export without pickle: two torch.export graphs, raw files, and a manifest that hashes them.
 
-Legend: B users, V items.
+Legend: B users, N events, V items.
 """
 
 import hashlib
 import json
+import statistics
+import time
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
+from trainer.batches import PADDING
 from trainer.errors import ExportError
+from trainer.models.lifelong import Compressor, memory_version
 from trainer.models.serving import (
     NUM_EXCLUDED,
-    PADDING,
     GemsServing,
     Tensors,
+    compressor_input_signature,
+    compressor_output_signature,
     input_signature,
     output_signature,
 )
@@ -28,13 +33,26 @@ from trainer.train import Trained
 
 MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.pt2"
+# Folds old events into the memory that the model reads.
+COMPRESSOR_FILE = "compressor.pt2"
 # The vocabulary: little-endian int64, ascending; `available` is indexed by place in it.
 ITEM_IDS_FILE = "item_ids.i64"
-MANIFEST_VERSION = 1
+# 2: lifelong memory is a state with a count, and a compressor is in the package.
+MANIFEST_VERSION = 2
 # Requests that one call may carry; bounds the memory of a call.
 MAX_BATCH = 64
+# Mid-term events that one user's request may carry: it grows by what waits to be folded, and
+# 64 waiting chunks of 256 events still fit.
+MAX_MID = 32_768
+# Old events of one user that a call of the compressor may carry.
+MAX_FOLDED = 65_536
 # The graph is traced with two users: one would be taken for a constant.
 EXAMPLE_BATCH = 2
+# Likewise the events that the compressor is traced with.
+EXAMPLE_EVENTS = 8
+MID_ATTENTIONS: Final[tuple[Literal["full", "indexer"], ...]] = ("full", "indexer")
+# Calls whose median decides between two ways to attend; the first ones warm up.
+NUM_TIMED_CALLS = 15
 # A pickle begins with its protocol opcode and a version; torch writes protocols 2 to 5.
 PICKLE_STARTS = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
 # Files inside the package that hold raw numbers and may begin with any bytes.
@@ -70,25 +88,88 @@ def export(trained: Trained, staging: Path, provenance: Provenance) -> dict[str,
         msg = f"{staging} is not empty; give an empty staging directory"
         raise ExportError(msg)
     serving = GemsServing(trained.model, trained.vocabulary).eval()
+    if trained.config.model.mid_attention == "measured":
+        serving.choose_mid_attention(faster_mid_attention(serving))
     save_package(exported(serving), staging / MODEL_FILE)
     ids = trained.vocabulary.item_ids_V.astype("<i8").tobytes()
     (staging / ITEM_IDS_FILE).write_bytes(ids)
     manifest = _manifest(trained, serving, provenance)
-    manifest["files"] = {name: sha256_of(staging / name) for name in (MODEL_FILE, ITEM_IDS_FILE)}
-    text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
-    (staging / MANIFEST_FILE).write_text(text, encoding="utf-8")
+    files = [MODEL_FILE, ITEM_IDS_FILE]
+    if trained.model.compressor is not None:
+        save_package(exported_compressor(trained.model.compressor), staging / COMPRESSOR_FILE)
+        files.append(COMPRESSOR_FILE)
+        manifest["memory_version"] = memory_version(trained.model.compressor)
+    manifest["files"] = {name: sha256_of(staging / name) for name in files}
+    (staging / MANIFEST_FILE).write_bytes(manifest_bytes(manifest))
     return manifest
 
 
+def faster_mid_attention(serving: GemsServing) -> Literal["full", "indexer"]:
+    """Which attention answers one user with full streams faster on this machine, in one thread.
+
+    Full attention reads every key; the indexer scores every key, cheaper, and gathers a few. On a
+    CPU and with short streams the gathering costs more than it saves.
+    """
+    inputs = example_inputs(serving, batch=1)
+    names = [spec.name for spec in input_signature(serving.model.config, num_items=len(inputs[-1]))]
+    known = serving.item_ids_V[:1]
+    filled = [
+        known.expand_as(tensor) if name in {"recent_item", "mid_item"} else tensor
+        for name, tensor in zip(names, inputs, strict=True)
+    ]
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    seconds = {choice: _median_s(serving, choice, filled) for choice in MID_ATTENTIONS}
+    torch.set_num_threads(num_threads)
+    return min(MID_ATTENTIONS, key=lambda choice: seconds[choice])
+
+
+def _median_s(
+    serving: GemsServing, choice: Literal["full", "indexer"], inputs: list[Tensor]
+) -> float:
+    serving.choose_mid_attention(choice)
+    taken = []
+    with torch.inference_mode():
+        for _ in range(NUM_TIMED_CALLS):
+            started = time.perf_counter()
+            serving(*inputs)
+            taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
+
+
+def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
+    """A manifest as it is written, here and where it is published."""
+    return (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode()
+
+
+def exported_compressor(compressor: Compressor) -> ExportedProgram:
+    """The fold of old events, with a dynamic number of users and of events."""
+    batch = Dim("batch", min=1, max=MAX_BATCH)
+    events = Dim("events", min=1, max=MAX_FOLDED)
+    inputs = compressor_input_signature()
+    example = tuple(torch.zeros(EXAMPLE_BATCH, EXAMPLE_EVENTS, dtype=spec.dtype) for spec in inputs)
+    with torch.no_grad():
+        return torch.export.export(
+            compressor.eval(), example, dynamic_shapes=tuple({0: batch, 1: events} for _ in inputs)
+        )
+
+
 def exported(serving: GemsServing) -> ExportedProgram:
-    """The graph with a dynamic batch of 1 to MAX_BATCH users."""
+    """The graph for 1 to MAX_BATCH users and at least as many mid-term events as configured."""
     num_items = len(serving.item_ids_V)
     inputs = input_signature(serving.model.config, num_items=num_items)
     batch = Dim("batch", min=1, max=MAX_BATCH)
-    shapes = tuple({} if spec.name == "available" else {0: batch} for spec in inputs)
+    mid = Dim("mid", min=serving.model.config.num_mid, max=MAX_MID)
+    shapes = tuple(_dynamic(spec.name, batch, mid) for spec in inputs)
     example = example_inputs(serving, batch=EXAMPLE_BATCH)
     with torch.no_grad():
         return torch.export.export(serving, example, dynamic_shapes=shapes)
+
+
+def _dynamic(name: str, batch: Dim, mid: Dim) -> dict[int, Dim]:
+    if name == "available":
+        return {}
+    return {0: batch, 1: mid} if name.startswith("mid_") else {0: batch}
 
 
 def example_inputs(serving: GemsServing, *, batch: int) -> tuple[Tensor, ...]:
@@ -155,7 +236,7 @@ def verify(directory: Path) -> dict[str, Any]:
     Raises:
         ExportError: A file is missing or differs from its hash, or the manifest names none.
     """
-    manifest = _read_manifest(directory / MANIFEST_FILE)
+    manifest = read_manifest(directory / MANIFEST_FILE)
     for name, expected in manifest["files"].items():
         path = directory / name
         actual = sha256_of(path) if path.is_file() else "no such file"
@@ -165,7 +246,12 @@ def verify(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read a manifest without looking at the files beside it.
+
+    Raises:
+        ExportError: It is none, or of another version.
+    """
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -174,6 +260,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     hashes = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(hashes, dict) or not {MODEL_FILE, ITEM_IDS_FILE} <= hashes.keys():
         msg = f"{path} does not name the files of a package; export again"
+        raise ExportError(msg)
+    if manifest.get("manifest_version") != MANIFEST_VERSION:
+        msg = (
+            f"{path} has version {manifest.get('manifest_version')}, this Moveline reads "
+            f"{MANIFEST_VERSION}; train and export again: moveline train"
+        )
         raise ExportError(msg)
     read: dict[str, Any] = manifest
     return read
@@ -204,6 +296,12 @@ def _manifest(trained: Trained, serving: GemsServing, provenance: Provenance) ->
         "padding": PADDING,
         "inputs": [_described(spec) for spec in inputs],
         "outputs": [_described(spec) for spec in output_signature()],
+        "max_mid": MAX_MID,
+        "mid_attention": serving.mid_attention,
+        # None until a compressor is exported beside the model.
+        "memory_version": None,
+        "compressor_inputs": [_described(spec) for spec in compressor_input_signature()],
+        "compressor_outputs": [_described(spec) for spec in compressor_output_signature()],
         "torch_version": torch.__version__,
     }
 

@@ -3,11 +3,12 @@
 import hashlib
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from trainer.batches import NUM_TARGETS, Batch, BatchSource, LabelExamples
+from trainer.batches import NUM_TARGETS, PADDING, Batch, BatchSource, LabelExamples
 from trainer.dataset import (
     TRAIN_QUANTILE,
     EventLog,
@@ -19,10 +20,17 @@ from trainer.dataset import (
 )
 from trainer.errors import BudgetError
 from trainer.item_vectors import co_occurrence_vectors, with_domains
-from trainer.loop import NO_OUTPUTS, Fitted, Learner, LoopConfig, Outputs, fit, prepare_torch
-from trainer.models.gems import Gems, GemsConfig
+from trainer.loop import NO_OUTPUTS, Fitted, Learner, LoopConfig, Outputs, Stage, fit, prepare_torch
+from trainer.models.config import GemsConfig
+from trainer.models.gems import Gems
+from trainer.models.indexer import DISTIL, FULL, TOP_K
+from trainer.models.lifelong import Compressor
 from trainer.semantic_ids import CODE_SIZES, learn_semantic_ids
 from trainer.vocabulary import Vocabulary, item_counts
+
+# Shares of a training after which its stages begin. The paper stops each when its loss has
+# converged and calls the third short; shares end within a given budget.
+STAGE_BEGINS = (0.0, 0.6, 0.85)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,9 +72,7 @@ class GemsLearner(Learner[Batch]):
 
     def loss(self, batch: Batch) -> Tensor:
         """See `Learner`."""
-        known = batch.targets_BT > 0
-        # A masked likelihood may be any finite number.
-        return -(self.model.log_likelihood(batch) * known).sum() / known.sum().clamp(min=1)
+        return self.model.loss(batch)
 
     def num_targets(self, batch: Batch) -> int:
         """See `Learner`."""
@@ -74,11 +80,25 @@ class GemsLearner(Learner[Batch]):
 
     def num_tokens(self, batch: Batch) -> int:
         """See `Learner`."""
-        return int(batch.recent.mask.sum()) + int(batch.mid.mask.sum())
+        older = 0 if batch.older is None else int((batch.older.item != PADDING).sum())
+        return int(batch.recent.mask.sum()) + int(batch.mid.mask.sum()) + older
 
 
-def train(log: EventLog, config: TrainConfig, outputs: Outputs = NO_OUTPUTS) -> Trained:
+def train(
+    log: EventLog,
+    config: TrainConfig,
+    outputs: Outputs = NO_OUTPUTS,
+    *,
+    compressor: Compressor | None = None,
+) -> Trained:
     """Learn semantic ids and the model from the events up to the split.
+
+    Args:
+        log: The events.
+        config: What and how long.
+        outputs: Where the run leaves its traces.
+        compressor: Of an earlier model, used as it is: the new model then reads the memories that
+            exist. Left out, a compressor is learned, and memories have to be made anew.
 
     Raises:
         EmptyWindowError: There is nothing to learn from.
@@ -95,15 +115,20 @@ def train(log: EventLog, config: TrainConfig, outputs: Outputs = NO_OUTPUTS) -> 
     learnable = newest(training_groups(log, groups, split_ms=split_ms), share=config.label_share)
     vocabulary = Vocabulary.of(log, split_ms=split_ms)
     source = BatchSource.of(
-        log, vocabulary, num_recent=config.model.num_recent, num_mid=config.model.num_mid
+        log,
+        vocabulary,
+        num_recent=config.model.num_recent,
+        num_mid=config.model.num_mid,
+        num_older=config.model.num_older_read,
     )
-    model = new_model(log, vocabulary, config, tables_ms=split_ms)
+    model = new_model(log, vocabulary, config, tables_ms=split_ms, compressor=compressor)
     fitted = fit(
         GemsLearner(model),
         LabelExamples(source, learnable, config.num_targets),
         config.loop,
         name="gems",
         outputs=replace(outputs, data_key=_data_key(log, config)),
+        stages=training_stages(model),
         spent_s=time.monotonic() - started,
     )
     if not fitted.losses:
@@ -122,8 +147,25 @@ def train(log: EventLog, config: TrainConfig, outputs: Outputs = NO_OUTPUTS) -> 
     )
 
 
+def training_stages(model: Gems) -> list[Stage]:
+    """The three stages of the paper's section on training; none for a model without an indexer."""
+    if model.config.used_indexer is None:
+        return []
+    first, second, third = STAGE_BEGINS
+    return [
+        Stage(first, partial(model.set_stage, FULL)),
+        Stage(second, partial(model.set_stage, DISTIL)),
+        Stage(third, partial(model.set_stage, TOP_K)),
+    ]
+
+
 def new_model(
-    log: EventLog, vocabulary: Vocabulary, config: TrainConfig, *, tables_ms: int
+    log: EventLog,
+    vocabulary: Vocabulary,
+    config: TrainConfig,
+    *,
+    tables_ms: int,
+    compressor: Compressor | None = None,
 ) -> Gems:
     """A model whose items carry vectors and semantic ids read off the log, otherwise untrained.
 
@@ -132,6 +174,7 @@ def new_model(
         vocabulary: The items to recommend.
         config: Sizes and seed.
         tables_ms: Vectors and counts come from events up to here.
+        compressor: One to be used and frozen; a fresh one if left out.
     """
     vectors = co_occurrence_vectors(log, vocabulary, split_ms=tables_ms, seed=config.loop.seed)
     described = with_domains(vectors, log, vocabulary)
@@ -142,6 +185,14 @@ def new_model(
         num_domains=len(vocabulary.domain_ids),
         item_vectors_VE=vectors,
         item_counts_V=torch.from_numpy(item_counts(log, vocabulary, until_ms=tables_ms)),
+        compressor=Compressor(
+            width=config.model.width,
+            item_ids_V=torch.from_numpy(vocabulary.item_ids_V),
+            domain_ids=torch.from_numpy(vocabulary.domain_ids),
+            item_vectors_VE=vectors,
+        )
+        if compressor is None
+        else compressor.requires_grad_(requires_grad=False),
     )
 
 
