@@ -1,0 +1,80 @@
+"""TIGER-like generation: semantic ids in, semantic ids out, one stream.
+
+Source: TIGER, arXiv 2305.05065. Taken from it: an event is the codes of its item and nothing else,
+an encoder reads them, a decoder with cross-attention generates the next item's codes. Ours: the
+three codes of an event are added into one token instead of standing as three, and encoder, decoder,
+semantic ids and beam search are those of GEMs with its other streams and its extensions off, so
+that a difference between the two is not one of parts.
+
+Legend: B users, N events, D width, E width of an item vector.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trainer.batches import Batch, Stream
+from trainer.models.events import INITIAL_SPREAD
+from trainer.models.gems import Gems, GemsConfig, Reading, without_lifelong
+from trainer.models.sequence import joined
+from trainer.models.trie import ItemTrie
+from trainer.semantic_ids import SemanticIds
+
+
+class CodeEncoder(nn.Module):
+    """The codes of an event's item as one vector."""
+
+    def __init__(self, *, width: int, sizes: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.codes = nn.ModuleList(
+            nn.Embedding(size, width, _weight=INITIAL_SPREAD * torch.randn(size, width))
+            for size in sizes
+        )
+
+    def forward(self, stream: Stream, item_vector_BNE: Tensor, trie: ItemTrie) -> Tensor:
+        """Event vectors [B, N, D]; those of padding and of unknown items mean nothing."""
+        code_BN3 = trie.codes_I3[stream.item]
+        total = item_vector_BNE.new_zeros(())
+        for level, table in enumerate(self.codes):
+            total = total + table(code_BN3[..., level])
+        known_BN1 = (stream.item > 0).unsqueeze(2)
+        return functional.rms_norm(total * known_BN1, total.shape[-1:])
+
+
+class Tiger(Gems):
+    """GEMs with one stream of `num_recent` events and none of the named extensions."""
+
+    def __init__(
+        self,
+        config: GemsConfig,
+        semantic_ids: SemanticIds,
+        *,
+        item_vectors_VE: Tensor,
+        item_counts_V: Tensor,
+    ) -> None:
+        plain = dataclasses.replace(config, copy="off", prior="off", leaf="codes")
+        super().__init__(
+            plain,
+            semantic_ids,
+            num_domains=0,
+            item_vectors_VE=item_vectors_VE,
+            item_counts_V=item_counts_V,
+        )
+        self.events = CodeEncoder(width=plain.width, sizes=semantic_ids.sizes)
+
+    def read_one(self, recent: Stream, mid: Stream) -> Reading:
+        """Read both streams as one; the other two stay empty."""
+        stream = joined(recent, mid)
+        return self.read(without_lifelong(stream, _empty(stream), self.config))
+
+    def log_likelihood(self, batch: Batch) -> Tensor:
+        """Log-probability of each target [B, T]; what is returned for target 0 means nothing."""
+        stream = joined(batch.recent, batch.mid)
+        return super().log_likelihood(Batch(stream, _empty(stream), batch.targets_BT))
+
+
+def _empty(stream: Stream) -> Stream:
+    """One event of padding for each user: a stream that is absent."""
+    return Stream(*(torch.zeros_like(column[:, :1]) for column in stream))
