@@ -18,9 +18,7 @@ class Gru4Rec(SequenceModel):
     def __init__(
         self, config: SequenceConfig, *, item_vectors_VE: Tensor, item_counts_V: Tensor
     ) -> None:
-        super().__init__(
-            config, item_vectors_VE=item_vectors_VE, item_counts_V=item_counts_V
-        )
+        super().__init__(config, item_vectors_VE=item_vectors_VE, item_counts_V=item_counts_V)
         self.gru = nn.GRU(config.width, config.width, batch_first=True)
         self.out = nn.Linear(config.width, config.width)
 

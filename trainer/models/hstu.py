@@ -63,9 +63,7 @@ class Hstu(SequenceModel):
     def __init__(
         self, config: SequenceConfig, *, item_vectors_VE: Tensor, item_counts_V: Tensor
     ) -> None:
-        super().__init__(
-            config, item_vectors_VE=item_vectors_VE, item_counts_V=item_counts_V
-        )
+        super().__init__(config, item_vectors_VE=item_vectors_VE, item_counts_V=item_counts_V)
         self.position_ND = nn.Parameter(
             INITIAL_SPREAD * torch.randn(config.num_events, config.width)
         )

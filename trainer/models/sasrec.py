@@ -1,8 +1,8 @@
 """SASRec: causal self-attention over the items of one stream.
 
-Source: SASRec, arXiv 1808.09781, with its layer normalisation in front of each part and one learned
-vector per position. The binary loss is replaced by the one all rivals share (sequence.py); positions
-count from the newest event, so that a history that grows keeps them.
+Source: SASRec, arXiv 1808.09781, with its layer normalisation in front of each part and one
+learned vector per position. The binary loss is replaced by the one that all rivals share
+(sequence.py); positions count from the newest event, so that a history that grows keeps them.
 
 Legend: B users, N events, D width.
 """
@@ -42,9 +42,7 @@ class SasRec(SequenceModel):
     def __init__(
         self, config: SequenceConfig, *, item_vectors_VE: Tensor, item_counts_V: Tensor
     ) -> None:
-        super().__init__(
-            config, item_vectors_VE=item_vectors_VE, item_counts_V=item_counts_V
-        )
+        super().__init__(config, item_vectors_VE=item_vectors_VE, item_counts_V=item_counts_V)
         self.position_ND = nn.Parameter(
             INITIAL_SPREAD * torch.randn(config.num_events, config.width)
         )
