@@ -23,6 +23,7 @@ from trainer.baselines import own_frequency, popularity, recency_weighted
 from trainer.dataset import EventLog, label_groups
 from trainer.evaluate import held_out_groups, judge, model_ranker
 from trainer.export import MANIFEST_FILE, Provenance, export, verify
+from trainer.loop import LoopConfig
 from trainer.models.gems import GemsConfig
 from trainer.package import Package
 from trainer.publish import publish
@@ -127,11 +128,13 @@ def _accepted_events(settings: Settings, config: StateConfig) -> dict[str, lake.
 
 def _train_config(request: TrainRequest, config: StateConfig) -> TrainConfig:
     return TrainConfig(
-        budget_s=request.budget_s,
-        epochs=request.epochs,
-        seed=request.seed,
-        num_threads=request.num_threads,
         model=GemsConfig(num_recent=config.recent, num_mid=config.mid),
+        loop=LoopConfig(
+            budget_s=request.budget_s,
+            epochs=request.epochs,
+            seed=request.seed,
+            num_threads=request.num_threads,
+        ),
     )
 
 

@@ -22,6 +22,9 @@ NUM_RECENT = 64
 NUM_MID = 448
 # Targets drawn from one group; half of all baskets have fewer lines than that.
 NUM_TARGETS = 16
+# Of the events of a batch in training, padding included, at most this share is padding: examples
+# of one batch have histories of similar length, and one that fits nowhere makes a smaller batch.
+PADDING_SHARE_MAX = 0.2
 
 
 class Stream(NamedTuple):
@@ -75,13 +78,30 @@ class BatchSource:
         """Rows known at each group [B, M + R], newest last, and which of them exist."""
         return known_rows(self.log, groups, self.num_recent + self.num_mid)
 
-    def streams(self, groups: LabelGroups) -> tuple[Stream, Stream]:
+    def history_lengths(self, groups: LabelGroups) -> Int64s:
+        """Number of events in the streams of each group [B]."""
+        known = groups.first_row_G - self.log.offsets[groups.user_G] - groups.num_late_G
+        lengths: Int64s = np.minimum(known, self.num_recent + self.num_mid)
+        return lengths
+
+    def streams(
+        self, groups: LabelGroups, *, num_events: int | None = None
+    ) -> tuple[Stream, Stream]:
         """The recent and the mid-term stream at each group.
 
         Ages count back from the newest event known then, not from the group's time: scoring must
         give the same answer however long after that event it is asked.
+
+        Args:
+            groups: What the streams lead up to.
+            num_events: Make both streams together no longer than this, the oldest events go; one
+                mid-term event stays in any case. As long as they can be if left out.
         """
-        rows, known = self.history_rows(groups)
+        longest = self.num_recent + self.num_mid if num_events is None else num_events
+        num_recent = max(1, min(longest, self.num_recent))
+        # A stream of no events at all would be a special case for every model.
+        num_mid = max(1, min(longest - num_recent, self.num_mid))
+        rows, known = known_rows(self.log, groups, num_recent + num_mid)
         time_ms = self.log.event_time_ms_N[rows]
         age = time_ms[:, -1:] - time_ms
         columns = (
@@ -92,32 +112,90 @@ class BatchSource:
             np.where(known, self.log.dwell_ms_N[rows], 0),
             known,
         )
-        mid = Stream(*(_tensor(column[:, : self.num_mid]) for column in columns))
-        recent = Stream(*(_tensor(column[:, self.num_mid :]) for column in columns))
+        mid = Stream(*(_tensor(column[:, :num_mid]) for column in columns))
+        recent = Stream(*(_tensor(column[:, num_mid:]) for column in columns))
         return recent, mid
 
     def targets(self, groups: LabelGroups, *, num_targets: int, rng: np.random.Generator) -> Tensor:
-        """Up to T items of each group, drawn without replacement; unknown items are 0."""
+        """Up to T items of each group, drawn without replacement; unknown items are 0.
+
+        What is drawn of a group does not depend on the groups beside it.
+        """
         longest = int(groups.num_rows_G.max())
         lane = np.arange(longest)[None, :]
         exists = lane < groups.num_rows_G[:, None]
         rows = np.where(exists, groups.first_row_G[:, None] + lane, 0)
         item = np.where(exists, self.item_N[rows], UNKNOWN)
-        draw = np.where(item != UNKNOWN, rng.random(item.shape), 2.0)
+        draw = np.where(item != UNKNOWN, _drawn(rows, rng), 2.0)
         order = np.argsort(draw, axis=1)[:, :num_targets]
         return _tensor(np.take_along_axis(item, order, axis=1))
 
     def batch(self, groups: LabelGroups, *, num_targets: int, rng: np.random.Generator) -> Batch:
-        """Everything one training step needs."""
-        recent, mid = self.streams(groups)
+        """Everything one training step needs, the streams as short as the groups allow."""
+        longest = int(self.history_lengths(groups).max())
+        recent, mid = self.streams(groups, num_events=longest)
         return Batch(recent, mid, self.targets(groups, num_targets=num_targets, rng=rng))
 
 
-def shuffled(groups: LabelGroups, *, size: int, rng: np.random.Generator) -> Iterator[LabelGroups]:
-    """Visit every group once, in random order, `size` at a time; the last part may be smaller."""
-    order = rng.permutation(len(groups))
-    for begin in range(0, len(order), size):
-        yield groups.select(order[begin : begin + size])
+@dataclass(frozen=True, slots=True)
+class LabelExamples:
+    """Label groups as the training loop takes them; an example is a group."""
+
+    source: BatchSource
+    groups: LabelGroups
+    num_targets: int
+
+    def lengths(self) -> Int64s:
+        """Events known at each group, as many as the streams hold."""
+        return self.source.history_lengths(self.groups)
+
+    def batch(self, chosen: Int64s, rng: np.random.Generator) -> Batch:
+        """The batch of the chosen groups."""
+        groups = self.groups.select(chosen)
+        return self.source.batch(groups, num_targets=self.num_targets, rng=rng)
+
+
+def length_batches(lengths: Int64s, *, size: int, rng: np.random.Generator) -> list[Int64s]:
+    """Every example once, in batches of at most `size` similarly long ones, in random order.
+
+    Padded to the longest of its batch, an example is padded by PADDING_SHARE_MAX at most. How many
+    batches there are follows from the lengths alone.
+    """
+    rung = np.searchsorted(_rungs(int(lengths.max(initial=1))), lengths)
+    order = rng.permutation(len(lengths))
+    order = order[np.argsort(rung[order], kind="stable")]
+    begins = np.flatnonzero(np.diff(rung[order], prepend=-1))
+    batches = [
+        one
+        for part in np.split(order, begins[1:])
+        for one in np.split(part, np.arange(size, len(part), size))
+    ]
+    return [batches[place] for place in rng.permutation(len(batches))]
+
+
+def _rungs(longest: int) -> Int64s:
+    """Lengths l1, l2, ...: what is longer than one and not longer than the next goes together.
+
+    >>> _rungs(30).tolist()
+    [1, 2, 3, 5, 7, 10, 13, 17, 22, 28, 36]
+    """
+    rungs = [1]
+    while rungs[-1] < longest:
+        # Padding may be a share s of the padded length: the shortest, l + 1, is 1 - s of it.
+        rungs.append(int((rungs[-1] + 1) / (1 - PADDING_SHARE_MAX)))
+    return np.array(rungs, np.int64)
+
+
+def _drawn(rows: Int64s, rng: np.random.Generator) -> NDArray[np.float64]:
+    """A number in [0, 1) for each row, the same for the same row.
+
+    Source: the finaliser of SplitMix64, Steele, Lea and Flood, OOPSLA 2014.
+    """
+    mixed = rows.astype(np.uint64) + rng.integers(2**63, dtype=np.uint64)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed = mixed ^ (mixed >> np.uint64(31))
+    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def in_order(groups: LabelGroups, *, size: int) -> Iterator[LabelGroups]:

@@ -35,3 +35,11 @@ class PublishError(TrainerError):
 
 class ParityError(TrainerError):
     """Triton and the package answer differently."""
+
+
+class DeviceError(TrainerError, ValueError):
+    """There is no device of the kind that was asked for."""
+
+
+class CheckpointError(TrainerError):
+    """A checkpoint is damaged, or belongs to another run."""

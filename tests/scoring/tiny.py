@@ -7,6 +7,7 @@ import numpy as np
 from scoring.signature import LIFELONG_SLOTS, LIFELONG_WIDTH
 from tests.small import SMALL
 from trainer.dataset import EventLog
+from trainer.loop import LoopConfig
 from trainer.models.gems import GemsConfig
 from trainer.train import TrainConfig
 
@@ -40,11 +41,8 @@ def tiny_log() -> EventLog:
 def tiny_training() -> TrainConfig:
     """Return one short pass."""
     return TrainConfig(
-        epochs=1.0,
-        groups_per_batch=16,
+        loop=LoopConfig(examples_per_batch=16, num_threads=1, budget_s=60.0),
         num_targets=4,
-        num_threads=1,
-        budget_s=60.0,
         code_sizes=(4, 4, 4),
         label_share=1.0,
         model=GemsConfig(

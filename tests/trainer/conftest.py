@@ -1,6 +1,7 @@
 """Small seeded logs and models shared by the trainer's tests."""
 
 from collections.abc import Callable
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from trainer.dataset import EventLog
+from trainer.loop import LoopConfig
 from trainer.models.gems import GemsConfig
 from trainer.train import TrainConfig, Trained, train
 
@@ -58,18 +60,18 @@ def small_model(**changes: object) -> GemsConfig:
 
 
 def small_training(**changes: object) -> TrainConfig:
-    """One short pass over a small log."""
+    """One short pass over a small log; changes may be of the loop, too."""
+    loop: dict[str, object] = {"examples_per_batch": 16, "num_threads": 1, "budget_s": 300.0}
     settings: dict[str, object] = {
-        "epochs": 1.0,
-        "groups_per_batch": 16,
         "num_targets": 4,
-        "num_threads": 1,
-        "budget_s": 300.0,
         "code_sizes": (4, 4, 4),
         "label_share": 1.0,
         "model": small_model(),
     }
-    return TrainConfig(**{**settings, **changes})  # type: ignore[arg-type]
+    of_loop = {one.name for one in fields(LoopConfig)}
+    for name, value in changes.items():
+        (loop if name in of_loop else settings)[name] = value
+    return TrainConfig(loop=LoopConfig(**loop), **settings)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session")

@@ -145,7 +145,7 @@ def test_manifest_says_what_was_exported(directory: Path, trained: Trained) -> N
     assert manifest["num_items"] == len(ids)
     assert manifest["window_to"] == {"0": 120, "1": 99}
     assert manifest["feature_schema_hash"] == "f" * 64
-    assert manifest["config"]["seed"] == trained.config.seed
+    assert manifest["config"]["loop"]["seed"] == trained.config.loop.seed
     assert manifest["torch_version"] == torch.__version__
     assert manifest["inputs"][0] == {
         "name": "recent_item",

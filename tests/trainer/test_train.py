@@ -29,16 +29,16 @@ def test_a_tiny_set_is_learned_by_heart() -> None:
         model=small_model(copy="off", prior="off", width=32),
     )
     trained = train(_small_log(8), settings)
-    assert trained.losses[0] > 2.0
-    assert np.mean(trained.losses[-5:]) < 0.5 * trained.losses[0]
+    assert trained.fitted.losses[0] > 2.0
+    assert np.mean(trained.fitted.losses[-5:]) < 0.5 * trained.fitted.losses[0]
 
 
 def test_the_same_seed_gives_the_same_weights(log: EventLog) -> None:
     one, other = (train(log, small_training(seed=4)) for _ in range(2))
-    assert one.losses == other.losses
+    assert one.fitted.losses == other.fitted.losses
     for name, value in one.model.state_dict().items():
         assert torch.equal(value, other.model.state_dict()[name]), name
-    assert train(log, small_training(seed=5)).losses != one.losses
+    assert train(log, small_training(seed=5)).fitted.losses != one.fitted.losses
 
 
 def test_an_untrained_copy_is_plain_counting(trained: Trained) -> None:
@@ -94,8 +94,8 @@ def test_time_buckets_are_ordered_and_bounded() -> None:
 
 def test_the_budget_ends_a_run_early(log: EventLog) -> None:
     trained = train(log, small_training(epochs=1e6, budget_s=2.0))
-    assert trained.ended_by_budget
-    assert len(trained.losses) > 0
+    assert trained.fitted.ended_by == "budget"
+    assert len(trained.fitted.losses) > 0
 
 
 def test_a_budget_without_a_step_is_refused(log: EventLog) -> None:

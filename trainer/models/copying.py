@@ -110,7 +110,7 @@ class CopyHead(nn.Module):
         total_B1 = (item_BN > 0).sum(dim=1, keepdim=True).add(1).log()
         total_BG1 = total_B1.unsqueeze(1).expand(-1, item_BN.shape[1], -1)
         features = torch.cat((sums_BGT.clamp(min=FLOOR).log(), rhythm_BG3, total_BG1), dim=2)
-        used_BG = torch.arange(item_BN.shape[1]) <= group_BN[:, -1:]
+        used_BG = torch.arange(item_BN.shape[1], device=item_BN.device) <= group_BN[:, -1:]
         return Occurrences(item_BN.gather(1, newest_BG) * used_BG, features)
 
 

@@ -99,7 +99,7 @@ class DecoderBlock(nn.Module):
         batch, num_beams, num_new, width = x_BTLD.shape
         normed: Tensor = self.norm(x_BTLD)
         source = normed if past_BTPD is None else torch.cat((past_BTPD, normed), dim=2)
-        mask = causal_mask(source.shape[2] - num_new, num_new)
+        mask = causal_mask(source.shape[2] - num_new, num_new).to(source.device)
         memory = self.attention.remember(source.flatten(0, 1), mask.unsqueeze(0))
         attended: Tensor = self.attention(normed.flatten(0, 1), memory)
         x_BQD = x_BTLD.flatten(1, 2) + attended.view(batch, -1, width)

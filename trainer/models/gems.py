@@ -139,7 +139,9 @@ class Gems(nn.Module):
     def read(self, history: History) -> Reading:
         """Encode the streams and decode the first token."""
         recent, mid, lifelong, lifelong_mask = history
-        recent_BRD = self.events(recent, self.item(recent.item), self.trie) + self.position_RD
+        recent_BRD = self.events(recent, self.item(recent.item), self.trie)
+        # The newest event is always last, so that positions count from the end.
+        recent_BRD = recent_BRD + self.position_RD[-recent.item.shape[1] :]
         recent_BRD = self.dropout(recent_BRD)
         for layer in self.recent_layers:
             recent_BRD = layer(recent_BRD, recent.mask)
@@ -253,12 +255,12 @@ def mixed_log(log_generated: Tensor, copied: Tensor, copy_weight: Tensor) -> Ten
 
 def without_lifelong(recent: Stream, mid: Stream, config: GemsConfig) -> History:
     """Streams of users whose lifelong memory is empty."""
-    batch = recent.item.shape[0]
+    batch, device = recent.item.shape[0], recent.item.device
     return History(
         recent,
         mid,
-        torch.zeros(batch, config.num_lifelong, config.lifelong_width),
-        torch.zeros(batch, config.num_lifelong, dtype=torch.bool),
+        torch.zeros(batch, config.num_lifelong, config.lifelong_width, device=device),
+        torch.zeros(batch, config.num_lifelong, dtype=torch.bool, device=device),
     )
 
 
