@@ -91,19 +91,32 @@ def _met_ago(source: BatchSource, row_E: Int64s, first_row_E: Int64s) -> Int64s:
     return ago
 
 
-def rank_all(groups: LabelGroups, rank: Ranker, *, name: str) -> Int64s:
-    """Rank every label [G, K], a batch at a time."""
+def rank_all(source: BatchSource, groups: LabelGroups, rank: Ranker, *, name: str) -> Int64s:
+    """Rank every label [G, K], a batch at a time, labels with histories of similar length."""
+    order = np.argsort(source.history_lengths(groups), kind="stable")
     num_batches = -(-len(groups) // BATCH_GROUPS)
+    parts = in_order(groups.select(order), size=BATCH_GROUPS)
     console = Console(stderr=True)
-    parts = in_order(groups, size=BATCH_GROUPS)
-    shown = track(parts, f"judge {name}", total=num_batches, transient=True, console=console)
-    return np.concatenate([rank(part) for part in shown])
+    shown = track(
+        parts,
+        f"judge {name}",
+        total=num_batches,
+        transient=True,
+        console=console,
+        disable=not console.is_terminal,
+    )
+    ranked = np.concatenate([rank(part) for part in shown])
+    back = np.empty_like(order)
+    back[order] = np.arange(len(order))
+    return ranked[back]
 
 
-def rank_frozen(frozen: LabelGroups, rank: Ranker, *, name: str) -> Int64s:
+def rank_frozen(
+    source: BatchSource, frozen: LabelGroups, rank: Ranker, *, name: str
+) -> Int64s:
     """Rank every label from the state of the split [G, K]: one list per user serves them all."""
     _, first, inverse = np.unique(frozen.user_G, return_index=True, return_inverse=True)
-    return rank_all(frozen.select(first), rank, name=name)[inverse]
+    return rank_all(source, frozen.select(first), rank, name=name)[inverse]
 
 
 def places(targets: Targets, ranked_GK: Int64s) -> Int64s:
@@ -239,10 +252,10 @@ class Judgement:
 def judge_task(source: BatchSource, task: Task, rank: Ranker, *, name: str) -> Judgement:
     """Rank the judged labels with live and with frozen state, and count."""
     targets = Targets.of(source, task.live)
-    place_E = places(targets, rank_all(task.live, rank, name=f"{name}, live"))
+    place_E = places(targets, rank_all(source, task.live, rank, name=f"{name}, live"))
     frozen = None
     if task.frozen is not None:
-        ranked = rank_frozen(task.frozen, rank, name=f"{name}, frozen")
+        ranked = rank_frozen(source, task.frozen, rank, name=f"{name}, frozen")
         frozen = figures(targets, places(targets, ranked))
     return Judgement(
         live=figures(targets, place_E),

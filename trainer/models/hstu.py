@@ -79,7 +79,7 @@ class Hstu(SequenceModel):
         scaled_BND = self.item(stream.item) * math.sqrt(self.config.width)
         x_BND: Tensor = self.dropout(scaled_BND + self.position_ND[-num_events:])
         mask_BNN = causal(stream.mask)
-        bias_BNNL = self.time(time_buckets(stream)) + self.distance(_distances(num_events))
+        bias_BNNL = self.time(time_buckets(stream)) + self.distance(_distances(mask_BNN))
         for number, layer in enumerate(self.layers):
             x_BND = layer(x_BND, bias_BNNL[..., number], mask_BNN)
         return x_BND
@@ -98,7 +98,7 @@ def time_buckets(stream: Stream) -> Tensor:
     return (seconds.clamp(min=1.0).log() / BUCKET_WIDTH).long().clamp(max=NUM_TIME_BUCKETS - 1)
 
 
-def _distances(num_events: int) -> Tensor:
+def _distances(mask_BNN: Tensor) -> Tensor:
     """How many places event j stands before event i, 0 above the diagonal [N, N]."""
-    place_N = torch.arange(num_events)
+    place_N = torch.arange(mask_BNN.shape[1], device=mask_BNN.device)
     return (place_N.unsqueeze(1) - place_N.unsqueeze(0)).clamp(min=0)

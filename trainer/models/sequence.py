@@ -12,7 +12,7 @@ label, P pairs of a state and a target, S negatives.
 """
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.batches import Batch, Stream
+from trainer.loop import Learner
 
 # Negatives drawn evenly from all items, and drawn from the other targets of the batch; a batch
 # shares both. Their logits are lowered by the logarithm of how often they are expected in the draw.
@@ -47,7 +48,7 @@ class SequenceConfig:
     dropout: float = 0.1
 
 
-class SequenceModel(nn.Module, ABC):
+class SequenceModel(Learner[Batch]):
     """A model of one stream that scores every item."""
 
     share_I: Tensor
@@ -91,7 +92,17 @@ class SequenceModel(nn.Module, ABC):
         state_XD = torch.cat((inner_state, last_state), dim=1).flatten(0, 1)
         target_X = torch.cat((inner_BN[:, keep_BK], batch.targets_BT), dim=1).flatten()
         real = target_X > 0
+        if not real.any():
+            return state_BND.sum() * 0.0
         return self.sampled_softmax(state_XD[real], target_X[real])
+
+    def num_targets(self, batch: Batch) -> int:
+        """See `Learner`; every event has a target, but for those of the newest time."""
+        return self.num_tokens(batch) + int((batch.targets_BT > 0).sum())
+
+    def num_tokens(self, batch: Batch) -> int:
+        """See `Learner`."""
+        return int(batch.recent.mask.sum()) + int(batch.mid.mask.sum())
 
     def sampled_softmax(self, state_PD: Tensor, target_P: Tensor) -> Tensor:
         """Mean negative log-likelihood of the targets among themselves and the negatives."""
