@@ -132,9 +132,7 @@ class Contest:
     seed: int
 
     @classmethod
-    def of(
-        cls, task: Task, *, repeats: bool, half_life_ms: int, budget: Budget, seed: int
-    ) -> Self:
+    def of(cls, task: Task, *, repeats: bool, half_life_ms: int, budget: Budget, seed: int) -> Self:
         """Prepare a task."""
         catalogue = Vocabulary.of(task.log, split_ms=int(task.log.event_time_ms_N.max()))
         labels = newest(task.learn, share=budget.label_share)
@@ -143,9 +141,7 @@ class Contest:
         return cls(
             task=task,
             catalogue=catalogue,
-            vocabulary=Vocabulary.of(
-                task.fitted, split_ms=int(task.fitted.event_time_ms_N.max())
-            ),
+            vocabulary=Vocabulary.of(task.fitted, split_ms=int(task.fitted.event_time_ms_N.max())),
             source=BatchSource.of(task.log, catalogue, num_recent=STREAMS, num_mid=0),
             labels=labels.select(drawn),
             repeats=repeats,
@@ -170,9 +166,7 @@ class Contest:
             "recent_popularity": lambda: recent_popularity(
                 source, half_life_ms=self.half_life_ms, k=k, repeats=self.repeats
             ),
-            "own_frequency": lambda: own_frequency(
-                source, window=DECAY_WINDOW, decay=DECAY, k=k
-            ),
+            "own_frequency": lambda: own_frequency(source, window=DECAY_WINDOW, decay=DECAY, k=k),
             "own_recency": lambda: own_recency(source, k=k),
             "co_occurrence": lambda: co_occurrence(source, k=k, repeats=self.repeats),
         }
@@ -248,9 +242,7 @@ class Contest:
 
     def _window(self, num_events: int) -> BatchSource:
         # A source always has a mid-term stream of one event, which counts here.
-        return BatchSource.of(
-            self.task.log, self.vocabulary, num_recent=num_events - 1, num_mid=1
-        )
+        return BatchSource.of(self.task.log, self.vocabulary, num_recent=num_events - 1, num_mid=1)
 
     def _naming(self) -> Naming:
         return Naming.of(self.catalogue, self.vocabulary, repeats=self.repeats)

@@ -34,7 +34,9 @@ RIVALS: dict[str, Rival] = {
         kind="free", base="recent_popularity", note="events so far, halved each half-life"
     ),
     "own_frequency": Rival(
-        kind="free", base="own_frequency", note="own items by count, an event of age n weighs .995^n"
+        kind="free",
+        base="own_frequency",
+        note="own items by count, an event of age n weighs .995^n",
     ),
     "own_recency": Rival(kind="free", base="own_recency", note="own items, the newest first"),
     "co_occurrence": Rival(
@@ -90,3 +92,20 @@ RIVALS: dict[str, Rival] = {
         kind="gems", base="gems", note="learned gate instead of the sum", changes={"fusion": "gate"}
     ),
 }
+
+# What a run measures where nothing else is asked for: in half an hour on two cores.
+DEFAULT_RIVALS = (
+    "popularity",
+    "recent_popularity",
+    "own_frequency",
+    "own_recency",
+    "co_occurrence",
+    "gru4rec",
+    "sasrec",
+    "hstu",
+    "tiger",
+    "gems",
+    "gems_plain",
+)
+# Models that read one stream of the recent stream's length.
+SINGLE_STREAM = ("gru4rec", "sasrec", "hstu", "tiger")

@@ -111,9 +111,7 @@ def rank_all(source: BatchSource, groups: LabelGroups, rank: Ranker, *, name: st
     return ranked[back]
 
 
-def rank_frozen(
-    source: BatchSource, frozen: LabelGroups, rank: Ranker, *, name: str
-) -> Int64s:
+def rank_frozen(source: BatchSource, frozen: LabelGroups, rank: Ranker, *, name: str) -> Int64s:
     """Rank every label from the state of the split [G, K]: one list per user serves them all."""
     _, first, inverse = np.unique(frozen.user_G, return_index=True, return_inverse=True)
     return rank_all(source, frozen.select(first), rank, name=name)[inverse]
