@@ -1,10 +1,10 @@
-"""Made-up users with an interest that is older than the mid-term stream and returns once or twice.
+"""Made-up users with an interest that is older than the mid-term stream and returns twice.
 
-A user begins with `OLD_EVENTS` events on the items of one interest. Then come baskets of items drawn
-evenly from those that belong to no interest, more of them than recent and mid-term stream hold, and
-after these one basket of the old interest: the marked label. The same once more, so that some
-returns fall before the split, where a model can learn that old interests return, and some after
-it. When a basket comes and how large it is says nothing about what is in it.
+A user begins with `OLD_EVENTS` events on the items of one interest. Then come baskets of items
+drawn evenly from those that belong to no interest, more of them than recent and mid-term stream
+hold, and after these one basket of the old interest: the marked label. The same once more, so that
+some returns fall before the split, where a model can learn that old interests return, and some
+after it. When a basket comes and how large it is says nothing about what is in it.
 
 The control differs in one thing: the basket that returns is of an interest drawn anew among all
 interests, so that nobody's past says which.
@@ -14,12 +14,14 @@ Legend: N events.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from features.config import DEFAULT_ACTIONS
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 NUM_USERS: Final = 600
 NUM_INTERESTS: Final = 40

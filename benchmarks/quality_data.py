@@ -8,10 +8,9 @@ and `planted_control` are made up (planted.py). Whatever else is absent is said,
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -23,7 +22,11 @@ from compose.groceries import data_folder
 from features.config import DEFAULT_ACTIONS
 from trainer.baselines import HALF_LIFE_MS, NEWS_HALF_LIFE_MS
 from trainer.dataset import Bools, EventLog
-from trainer.protocols import ProtocolName
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from trainer.protocols import ProtocolName
 
 DATA: Final = Path(os.environ.get("DATA", "../shared/data"))
 # What a planted return is marked with; the mark is no input of any model.

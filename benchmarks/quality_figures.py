@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from compose.errors import ComposeError
 from trainer.rivals import RIVALS, SINGLE_STREAM
 from trainer.streaming_evaluation import Difference, Figures, PerUser, paired_bootstrap
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SERVED: Final = "gems"
 BOOTSTRAP_SEED: Final = 11

@@ -72,17 +72,21 @@ def _opening(first: dict, found: dict[str, Outcome], set_name: str, protocol: st
     budget = next((one for one in budgets if one), None)
     seeds = max(len(one.seeds) for one in found.values())
     seconds = f" BUDGET_S={budget['seconds']:g}" if budget else ""
-    told = [
+    made = (
         f"Made by `make bench-quality SET={set_name} PROTOCOL={protocol} SEEDS={seeds} "
         f"MODELS=all{seconds}` and `make quality-pages`; what the columns mean and which policies "
-        "hold is in [quality.md](../quality.md).",
-        f"{facts['events']:,} events of {facts['users']:,} users on {facts['items']:,} items. Judged: "
+        "hold is in [quality.md](../quality.md)."
+    )
+    counted = (
+        f"{facts['events']:,} events of {facts['users']:,} users on {facts['items']:,} items. "
+        "Judged: "
         f"{facts['judged_events']:,} events at {facts['judged_labels']:,} times of "
         f"{facts['judged_users']:,} users (at most {sample['test_users']:,} users and, on the "
         f"global protocol, {sample['test_times_per_user']} times of each), "
         f"{facts['judged_users_beyond_recent']:,} of them with a mid-term stream that is not empty "
-        f"and {facts['judged_users_beyond_mid']:,} with events older than that.",
-    ]
+        f"and {facts['judged_users_beyond_mid']:,} with events older than that."
+    )
+    told = [made, counted]
     if budget:
         told.append(
             f"Every neural model: {budget['seconds']:g} s of training at most on "
@@ -138,8 +142,8 @@ def _differences(found: dict[str, Outcome]) -> str:
         ""
         if gain is None
         else (
-            "\n\nFor labels that know more than 64 events, NDCG@10 of `gems` over the best model of one "
-            f"64-event stream: {gain:+.1%}."
+            "\n\nFor labels that know more than 64 events, NDCG@10 of `gems` over the best model "
+            f"of one 64-event stream: {gain:+.1%}."
         )
     )
     heads = [f"{SERVED} less", "NDCG@10", "95% interval, users drawn anew", "certain"]

@@ -181,7 +181,7 @@ def _own_items(source: BatchSource, groups: LabelGroups, window: int) -> Int64s:
 def _heaviest(item_N: Int64s, weight_N: NDArray[np.float64], k: int) -> Int64s:
     items, inverse = np.unique(item_N, return_inverse=True)
     total = np.bincount(inverse, weight_N, minlength=len(items))
-    return _ordered(items, total, k)
+    return _ordered(items, total.astype(np.float64), k)
 
 
 def _newest(item_N: Int64s, place_N: NDArray[np.float64], k: int) -> Int64s:

@@ -9,9 +9,8 @@ Legend: G labels, V items a model knows, E width of an item vector.
 """
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
@@ -20,7 +19,6 @@ from torch import Tensor
 from trainer.baselines import (
     DECAY,
     DECAY_WINDOW,
-    Ranker,
     co_occurrence,
     own_frequency,
     own_recency,
@@ -29,6 +27,7 @@ from trainer.baselines import (
 )
 from trainer.batches import NUM_TARGETS, Batch, BatchSource, LabelExamples
 from trainer.dataset import LabelGroups, newest
+from trainer.evaluate import Ranker
 from trainer.item_vectors import co_occurrence_vectors, with_domains
 from trainer.loop import Fitted, Learner, LoopConfig, fit, prepare_torch
 from trainer.models.gems import Gems, GemsConfig
@@ -52,6 +51,9 @@ from trainer.streaming_evaluation import (
 )
 from trainer.train import GemsLearner, TrainConfig, new_model
 from trainer.vocabulary import Vocabulary, item_counts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SEQUENCE_MODELS: dict[str, type[SequenceModel]] = {
     "gru4rec": Gru4Rec,

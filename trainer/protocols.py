@@ -11,7 +11,7 @@ Legend: N events, G labels, U users.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -27,6 +27,9 @@ from trainer.dataset import (
 )
 from trainer.errors import EmptyWindowError
 from trainer.evaluate import held_out_groups
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 ProtocolName = Literal["global", "leave_one_out"]
 # The share of event times that weights and tables may know; up to TRAIN_QUANTILE it is tuned on.
@@ -161,7 +164,7 @@ def rows_of(log: EventLog, chosen_N: Bools) -> EventLog:
     Raises:
         EmptyWindowError: None are chosen.
     """
-    columns = {
+    columns: dict[str, NDArray[Any]] = {
         "user_id": log.user_ids_U[log.user_N],
         "item_id": log.item_id_N,
         "event_time_ms": log.event_time_ms_N,

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.baselines import Ranker, seen_items
+from trainer.baselines import seen_items
 from trainer.batches import BatchSource, Stream
 from trainer.dataset import Int64s, LabelGroups
+from trainer.evaluate import Ranker
 from trainer.models.beam import BEAM_WIDTH, generate
 from trainer.models.gems import Gems, Reading, without_lifelong
 from trainer.models.sequence import SequenceModel

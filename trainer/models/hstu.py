@@ -54,7 +54,9 @@ class HstuLayer(nn.Module):
         return changed
 
     def _split(self, flat_BND: Tensor) -> Tensor:
-        return flat_BND.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        batch, num_events, width = flat_BND.shape
+        heads = (batch, num_events, self.num_heads, width // self.num_heads)
+        return flat_BND.view(heads).transpose(1, 2)
 
 
 class Hstu(SequenceModel):

@@ -78,7 +78,7 @@ class SequenceModel(Learner[Batch]):
     def scores(self, recent: Stream, mid: Stream) -> Tensor:
         """Logit of every dense item after the newest event [B, I]; that of item 0 is -inf."""
         last_BD = self.norm(self.states(joined(recent, mid))[:, -1])
-        logit_BI = last_BD @ self.item.weight.T + self.bias_I
+        logit_BI: Tensor = last_BD @ self.item.weight.T + self.bias_I
         return functional.pad(logit_BI[:, 1:], (1, 0), value=-math.inf)
 
     def loss(self, batch: Batch) -> Tensor:
@@ -93,7 +93,8 @@ class SequenceModel(Learner[Batch]):
         target_X = torch.cat((inner_BN[:, keep_BK], batch.targets_BT), dim=1).flatten()
         real = target_X > 0
         if not real.any():
-            return state_BND.sum() * 0.0
+            nothing: Tensor = state_BND.sum() * 0.0
+            return nothing
         return self.sampled_softmax(state_XD[real], target_X[real])
 
     def num_targets(self, batch: Batch) -> int:
@@ -112,7 +113,8 @@ class SequenceModel(Learner[Batch]):
         hit_PS = target_P.unsqueeze(1) == negative_S
         other_PS = other_PS.masked_fill(hit_PS, ACCIDENTAL_HIT)
         logit = torch.cat((own_P.unsqueeze(1), other_PS), dim=1)
-        return -logit.log_softmax(dim=1)[:, 0].mean()
+        mean: Tensor = -logit.log_softmax(dim=1)[:, 0].mean()
+        return mean
 
     def negatives(self, target_P: Tensor) -> Tensor:
         """Dense items [S]: some of the targets, the others drawn evenly."""

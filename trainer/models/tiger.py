@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.batches import Batch, Stream
-from trainer.models.events import INITIAL_SPREAD
+from trainer.models.events import INITIAL_SPREAD, EventEncoder
 from trainer.models.gems import Gems, GemsConfig, Reading, without_lifelong
 from trainer.models.sequence import joined
 from trainer.models.trie import ItemTrie
 from trainer.semantic_ids import SemanticIds
 
 
-class CodeEncoder(nn.Module):
-    """The codes of an event's item as one vector."""
+class CodeEncoder(EventEncoder):
+    """The codes of an event's item as one vector, and nothing else of the event."""
 
     def __init__(self, *, width: int, sizes: tuple[int, int, int]) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.codes = nn.ModuleList(
             nn.Embedding(size, width, _weight=INITIAL_SPREAD * torch.randn(size, width))
             for size in sizes
