@@ -11,6 +11,8 @@ from typing import Final
 
 RECOMMEND_MODEL: Final = "recommend"
 RETRIEVAL_MODEL: Final = "gems"
+# Folds chunks of old events into the memory that a retrieval model reads.
+LIFELONG_MODEL: Final = "lifelong"
 
 # Beam width of the exported retrieval model: no answer can be longer.
 K_MAX: Final = 100
@@ -50,7 +52,7 @@ PROVENANCE: Final = (
     "degraded",
 )
 
-# The lifelong memory a retrieval model reads: summary tokens per user, FP32 [B, 16, 64]. Until
-# memories are built the mask is all zero and the branch contributes nothing.
-LIFELONG_SLOTS: Final = 16
+# The lifelong memory a retrieval model reads: a state per user, FP32 [B, 64, 64], and how many
+# events were folded into it; zero events are no memory, and the stream contributes nothing.
+LIFELONG_ROWS: Final = 64
 LIFELONG_WIDTH: Final = 64

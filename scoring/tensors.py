@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from scoring.signature import LIFELONG_SLOTS, LIFELONG_WIDTH, NO_ITEM, NUM_EXCLUDED
+from scoring.signature import LIFELONG_ROWS, LIFELONG_WIDTH, NO_ITEM, NUM_EXCLUDED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,8 +38,8 @@ def retrieval_inputs(
         inputs[f"{name}_action"] = _int64(records["action"])
         inputs[f"{name}_dwell_ms"] = _int64(records["dwell_ms"])
     size = len(streams.newest_ms_B)
-    inputs["lifelong"] = torch.zeros(size, LIFELONG_SLOTS, LIFELONG_WIDTH)
-    inputs["lifelong_mask"] = torch.zeros(size, LIFELONG_SLOTS, dtype=torch.int64)
+    inputs["lifelong"] = torch.zeros(size, LIFELONG_ROWS, LIFELONG_WIDTH)
+    inputs["lifelong_count"] = torch.zeros(size, 1, dtype=torch.int64)
     inputs["exclude_item"] = torch.full((size, NUM_EXCLUDED), NO_ITEM, dtype=torch.int64)
     for row, items in enumerate(excluded):
         kept = torch.tensor(items[:NUM_EXCLUDED], dtype=torch.int64)

@@ -1,6 +1,6 @@
 """Label groups as training tensors, without a loop over events.
 
-Legend: B groups of a batch, R recent events, M mid-term events, T targets.
+Legend: B groups of a batch, R recent events, M mid-term events, O older events, T targets.
 Streams are padded at the front: the newest event is always last.
 """
 
@@ -20,6 +20,8 @@ from trainer.vocabulary import UNKNOWN, Vocabulary
 # Stream lengths of a small machine: together the 512 newest events.
 NUM_RECENT = 64
 NUM_MID = 448
+# What stands for an item id where there is no event; real ids are >= 0.
+PADDING = -1
 # Targets drawn from one group; half of all baskets have fewer lines than that.
 NUM_TARGETS = 16
 # Of the events of a batch in training, padding included, at most this share is padding: examples
@@ -38,12 +40,26 @@ class Stream(NamedTuple):
     mask: Tensor
 
 
+class OldEvents(NamedTuple):
+    """What lies before the mid-term stream, raw as stored, int64 [B, events], oldest first.
+
+    `item` is PADDING where there is no event, `domain` the hash with its bits read as signed.
+    """
+
+    item: Tensor
+    action: Tensor
+    domain: Tensor
+    dwell_ms: Tensor
+    event_time_ms: Tensor
+
+
 class Batch(NamedTuple):
     """Streams as known at each label, and the dense items that came (0 where none is left)."""
 
     recent: Stream
     mid: Stream
     targets_BT: Tensor
+    older: OldEvents | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +71,7 @@ class BatchSource:
     domain_N: Int64s
     num_recent: int
     num_mid: int
+    num_older: int = 0
 
     @classmethod
     def of(
@@ -64,14 +81,25 @@ class BatchSource:
         *,
         num_recent: int = NUM_RECENT,
         num_mid: int = NUM_MID,
+        num_older: int = 0,
     ) -> "BatchSource":
-        """Prepare the columns of a log for a vocabulary."""
+        """Prepare the columns of a log for a vocabulary.
+
+        Args:
+            log: The events.
+            vocabulary: Gives items and domains their dense index.
+            num_recent: Length of the recent stream.
+            num_mid: Length of the mid-term stream.
+            num_older: Events before them that a label sees at most; 0 for models without a
+                lifelong stream.
+        """
         return cls(
             log=log,
             item_N=vocabulary.index_items(log.item_id_N),
             domain_N=vocabulary.index_domains(log.domain_N),
             num_recent=num_recent,
             num_mid=num_mid,
+            num_older=num_older,
         )
 
     def history_rows(self, groups: LabelGroups) -> tuple[Int64s, Bools]:
@@ -80,9 +108,18 @@ class BatchSource:
 
     def history_lengths(self, groups: LabelGroups) -> Int64s:
         """Number of events in the streams of each group [B]."""
-        known = groups.first_row_G - self.log.offsets[groups.user_G] - groups.num_late_G
-        lengths: Int64s = np.minimum(known, self.num_recent + self.num_mid)
+        lengths: Int64s = np.minimum(self._num_known(groups), self.num_recent + self.num_mid)
         return lengths
+
+    def read_lengths(self, groups: LabelGroups) -> Int64s:
+        """Number of events a batch holds of each group, the older ones counted [B]."""
+        most = self.num_recent + self.num_mid + self.num_older
+        lengths: Int64s = np.minimum(self._num_known(groups), most)
+        return lengths
+
+    def _num_known(self, groups: LabelGroups) -> Int64s:
+        known: Int64s = groups.first_row_G - self.log.offsets[groups.user_G] - groups.num_late_G
+        return known
 
     def streams(
         self, groups: LabelGroups, *, num_events: int | None = None
@@ -116,6 +153,32 @@ class BatchSource:
         recent = Stream(*(_tensor(column[:, num_mid:]) for column in columns))
         return recent, mid
 
+    def older(self, groups: LabelGroups) -> OldEvents | None:
+        """Events before both streams at each group, None for a source without any.
+
+        A longer past is thinned to `num_older` events at even distances: the state is read as a
+        mean, so that the thinned past estimates the whole one, its oldest part included.
+        """
+        if self.num_older == 0:
+            return None
+        window, known = self.history_rows(groups)
+        oldest = self.log.offsets[groups.user_G]
+        num_old = np.where(known[:, 0], window[:, 0] - oldest, 0)
+        num_kept = np.minimum(num_old, self.num_older)
+        # Right-aligned, so that the newest old event is last for everyone; never without a column.
+        lane = np.arange(-max(1, int(num_kept.max(initial=0))), 0)[None, :] + num_kept[:, None]
+        rows = oldest[:, None] + lane * num_old[:, None] // num_kept.clip(min=1)[:, None]
+        rows = rows.clip(min=0)
+        held = (lane >= 0) & (self.log.ordinal_N[rows] < groups.first_ordinal_G[:, None])
+        columns = (
+            np.where(held, self.log.item_id_N[rows], PADDING),
+            np.where(held, self.log.action_N[rows], 0),
+            np.where(held, self.log.domain_N[rows], 0),
+            np.where(held, self.log.dwell_ms_N[rows], 0),
+            np.where(held, self.log.event_time_ms_N[rows], 0),
+        )
+        return OldEvents(*(_tensor(column) for column in columns))
+
     def targets(self, groups: LabelGroups, *, num_targets: int, rng: np.random.Generator) -> Tensor:
         """Up to T items of each group, drawn without replacement; unknown items are 0.
 
@@ -134,7 +197,8 @@ class BatchSource:
         """Everything one training step needs, the streams as short as the groups allow."""
         longest = int(self.history_lengths(groups).max())
         recent, mid = self.streams(groups, num_events=longest)
-        return Batch(recent, mid, self.targets(groups, num_targets=num_targets, rng=rng))
+        targets = self.targets(groups, num_targets=num_targets, rng=rng)
+        return Batch(recent, mid, targets, self.older(groups))
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +210,8 @@ class LabelExamples:
     num_targets: int
 
     def lengths(self) -> Int64s:
-        """Events known at each group, as many as the streams hold."""
-        return self.source.history_lengths(self.groups)
+        """Events known at each group, as many as a batch holds."""
+        return self.source.read_lengths(self.groups)
 
     def batch(self, chosen: Int64s, rng: np.random.Generator) -> Batch:
         """The batch of the chosen groups."""

@@ -22,7 +22,7 @@ from trainer.batches import BatchSource, in_order
 from trainer.dataset import EventLog, Int64s, LabelGroups
 from trainer.errors import EmptyWindowError
 from trainer.models.beam import BEAM_WIDTH, generate
-from trainer.models.gems import Gems, without_lifelong
+from trainer.models.gems import Gems
 
 # The length of the list that is judged.
 TOP_K = 10
@@ -110,7 +110,7 @@ def model_ranker(model: Gems, source: BatchSource, *, beam_width: int = BEAM_WID
     def rank(groups: LabelGroups) -> Int64s:
         recent, mid = source.streams(groups)
         with torch.inference_mode():
-            reading = model.read(without_lifelong(recent, mid, model.config))
+            reading = model.read(model.history(recent, mid, source.older(groups)))
             allowed = torch.ones(len(groups), num_items, dtype=torch.bool)
             item, _ = generate(model, reading, allowed, k_max=TOP_K, beam_width=beam_width)
         return _numpy(item)

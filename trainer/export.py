@@ -1,6 +1,6 @@
-"""Export without pickle: a torch.export package, raw files, and a manifest that hashes them.
+"""Export without pickle: two torch.export graphs, raw files, and a manifest that hashes them.
 
-Legend: B users, V items.
+Legend: B users, N events, V items.
 """
 
 import hashlib
@@ -16,11 +16,14 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from trainer.errors import ExportError
+from trainer.models.lifelong import Compressor, memory_version
 from trainer.models.serving import (
     NUM_EXCLUDED,
     PADDING,
     GemsServing,
     Tensors,
+    compressor_input_signature,
+    compressor_output_signature,
     input_signature,
     output_signature,
 )
@@ -28,13 +31,23 @@ from trainer.train import Trained
 
 MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.pt2"
+# Folds old events into the memory that the model reads.
+COMPRESSOR_FILE = "compressor.pt2"
 # The vocabulary: little-endian int64, ascending; `available` is indexed by place in it.
 ITEM_IDS_FILE = "item_ids.i64"
-MANIFEST_VERSION = 1
+# 2: lifelong memory is a state with a count, and a compressor is in the package.
+MANIFEST_VERSION = 2
 # Requests that one call may carry; bounds the memory of a call.
 MAX_BATCH = 64
+# Mid-term events that one user's request may carry: it grows by what waits to be folded, and
+# 64 waiting chunks of 256 events still fit.
+MAX_MID = 32_768
+# Old events of one user that a call of the compressor may carry.
+MAX_FOLDED = 65_536
 # The graph is traced with two users: one would be taken for a constant.
 EXAMPLE_BATCH = 2
+# Likewise the events that the compressor is traced with.
+EXAMPLE_EVENTS = 8
 # A pickle begins with its protocol opcode and a version; torch writes protocols 2 to 5.
 PICKLE_STARTS = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
 # Files inside the package that hold raw numbers and may begin with any bytes.
@@ -74,21 +87,51 @@ def export(trained: Trained, staging: Path, provenance: Provenance) -> dict[str,
     ids = trained.vocabulary.item_ids_V.astype("<i8").tobytes()
     (staging / ITEM_IDS_FILE).write_bytes(ids)
     manifest = _manifest(trained, serving, provenance)
-    manifest["files"] = {name: sha256_of(staging / name) for name in (MODEL_FILE, ITEM_IDS_FILE)}
-    text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
-    (staging / MANIFEST_FILE).write_text(text, encoding="utf-8")
+    files = [MODEL_FILE, ITEM_IDS_FILE]
+    if trained.model.compressor is not None:
+        save_package(exported_compressor(trained.model.compressor), staging / COMPRESSOR_FILE)
+        files.append(COMPRESSOR_FILE)
+        manifest["memory_version"] = memory_version(trained.model.compressor)
+    manifest["files"] = {name: sha256_of(staging / name) for name in files}
+    write_manifest(manifest, staging / MANIFEST_FILE)
     return manifest
 
 
+def write_manifest(manifest: Mapping[str, Any], path: Path) -> None:
+    """Write a manifest the way every manifest is written."""
+    path.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def exported_compressor(compressor: Compressor) -> ExportedProgram:
+    """The fold of old events, with a dynamic number of users and of events."""
+    batch = Dim("batch", min=1, max=MAX_BATCH)
+    events = Dim("events", min=1, max=MAX_FOLDED)
+    inputs = compressor_input_signature()
+    example = tuple(
+        torch.zeros(EXAMPLE_BATCH, EXAMPLE_EVENTS, dtype=spec.dtype) for spec in inputs
+    )
+    with torch.no_grad():
+        return torch.export.export(
+            compressor.eval(), example, dynamic_shapes=tuple({0: batch, 1: events} for _ in inputs)
+        )
+
+
 def exported(serving: GemsServing) -> ExportedProgram:
-    """The graph with a dynamic batch of 1 to MAX_BATCH users."""
+    """The graph for 1 to MAX_BATCH users and at least as many mid-term events as configured."""
     num_items = len(serving.item_ids_V)
     inputs = input_signature(serving.model.config, num_items=num_items)
     batch = Dim("batch", min=1, max=MAX_BATCH)
-    shapes = tuple({} if spec.name == "available" else {0: batch} for spec in inputs)
+    mid = Dim("mid", min=serving.model.config.num_mid, max=MAX_MID)
+    shapes = tuple(_dynamic(spec.name, batch, mid) for spec in inputs)
     example = example_inputs(serving, batch=EXAMPLE_BATCH)
     with torch.no_grad():
         return torch.export.export(serving, example, dynamic_shapes=shapes)
+
+
+def _dynamic(name: str, batch: Dim, mid: Dim) -> dict[int, Dim]:
+    if name == "available":
+        return {}
+    return {0: batch, 1: mid} if name.startswith("mid_") else {0: batch}
 
 
 def example_inputs(serving: GemsServing, *, batch: int) -> tuple[Tensor, ...]:
@@ -204,6 +247,11 @@ def _manifest(trained: Trained, serving: GemsServing, provenance: Provenance) ->
         "padding": PADDING,
         "inputs": [_described(spec) for spec in inputs],
         "outputs": [_described(spec) for spec in output_signature()],
+        "max_mid": MAX_MID,
+        # None until a compressor is exported beside the model.
+        "memory_version": None,
+        "compressor_inputs": [_described(spec) for spec in compressor_input_signature()],
+        "compressor_outputs": [_described(spec) for spec in compressor_output_signature()],
         "torch_version": torch.__version__,
     }
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from trainer.batches import length_batches
 from trainer.checkpoint import Checkpoint, Position
 from trainer.dataset import Int64s
-from trainer.errors import DivergedError
+from trainer.errors import DivergedError, EmptyWindowError
 from trainer.ranks import Ranks, joined
 from trainer.run_log import RunLog
 
@@ -118,14 +118,16 @@ class Outputs:
     """Where a run leaves its traces.
 
     Attributes:
-        checkpoints: Folder; a run whose checkpoint is there goes on from it. None keeps none.
+        checkpoints: Folder of the newest checkpoint. None keeps none.
         checkpoint_every_steps: Between two checkpoints.
+        resume: Go on from the checkpoint, if there is one; otherwise it is overwritten.
         tensorboard: Folder of event files. None writes none.
         data_key: Names the data; a checkpoint of other data is refused.
     """
 
     checkpoints: Path | None = None
     checkpoint_every_steps: int = 500
+    resume: bool = False
     tensorboard: Path | None = None
     data_key: str = ""
 
@@ -180,6 +182,7 @@ def fit(
         spent_s: Seconds of the budget that getting ready took.
 
     Raises:
+        EmptyWindowError: There are no examples.
         DivergedError: The loss or its gradient is not finite.
         DeviceError: There is no such device.
         CheckpointError: The checkpoint belongs to another run, or is damaged.
@@ -188,7 +191,8 @@ def fit(
         learner.to(ranks.device)
         run = _Run(learner, examples, config, ranks, stages)
         keeper = Checkpoint(outputs.checkpoints, ranks=ranks, run_key=_run_key(run, outputs))
-        position = keeper.restore(learner, run.optimiser) or Position()
+        found = keeper.restore(learner, run.optimiser) if outputs.resume else None
+        position = found or Position()
         position.seconds += spent_s
         fitted = _train(run, position, keeper, log, judge=judge, outputs=outputs)
         learner.to("cpu").eval()
@@ -212,13 +216,16 @@ class _Run(Generic[BatchT]):
         self.ranks = ranks
         self.stages = stages
         self.lengths = examples.lengths()
+        if len(self.lengths) == 0:
+            raise EmptyWindowError("there is no example to learn from; check the window")
         self.batches_per_epoch = len(self.order(0))
         self.num_steps = max(1, math.ceil(config.epochs * self.batches_per_epoch))
         self.parameters = [p for p in learner.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(
             _parameter_groups(learner, config), fused=True, betas=(0.9, 0.98)
         )
-        self.mean_loss = ranks.synchronised(_Loss(learner))
+        # A stage may leave parts of a model out.
+        self.mean_loss = ranks.synchronised(_Loss(learner), may_skip=bool(stages))
 
     def order(self, epoch: int) -> list[Int64s]:
         """The batches of a pass, the same on every rank."""
@@ -375,9 +382,10 @@ def _seed(seed: int, step: int, rank: int) -> int:
 
 
 def _on(batch: Any, device: torch.device) -> Any:  # noqa: ANN401 - nested tuples of tensors
-    """The same nested named tuples on a device."""
+    """The same nested tuples on a device."""
     if isinstance(batch, tuple):
-        return type(batch)(*(_on(part, device) for part in batch))
+        parts = [_on(part, device) for part in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)
     return batch.to(device, non_blocking=True) if isinstance(batch, Tensor) else batch
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from trainer.batches import BatchSource
 from trainer.dataset import EventLog, Int64s, LabelGroups
 from trainer.evaluate import Ranker
-from trainer.export import ITEM_IDS_FILE, MODEL_FILE, verify
+from trainer.export import COMPRESSOR_FILE, ITEM_IDS_FILE, MODEL_FILE, verify
 from trainer.vocabulary import Vocabulary
 
 _PADDING_ITEM = -1
@@ -22,11 +22,12 @@ _PADDING_ITEM = -1
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """A verified package with its graph loaded."""
+    """A verified package with its graphs loaded; one without lifelong stream has no compressor."""
 
     manifest: dict[str, Any]
     item_ids_V: Int64s
     graph: torch.nn.Module
+    compressor: torch.nn.Module | None
 
     @classmethod
     def load(cls, directory: Path) -> "Package":
@@ -38,14 +39,21 @@ class Package:
         manifest = verify(directory)
         item_ids = np.fromfile(directory / ITEM_IDS_FILE, "<i8")
         graph = torch.export.load(directory / MODEL_FILE).module()
-        return cls(manifest, item_ids, graph)
+        compressor = None
+        if manifest["memory_version"] is not None:
+            compressor = torch.export.load(directory / COMPRESSOR_FILE).module()
+        return cls(manifest, item_ids, graph, compressor)
 
     def source(self, log: EventLog) -> BatchSource:
         """Cut batches out of a log with the package's vocabulary and stream lengths."""
         vocabulary = Vocabulary(self.item_ids_V, np.unique(log.domain_N))
         model = self.manifest["config"]["model"]
         return BatchSource.of(
-            log, vocabulary, num_recent=model["num_recent"], num_mid=model["num_mid"]
+            log,
+            vocabulary,
+            num_recent=model["num_recent"],
+            num_mid=model["num_mid"],
+            num_older=0 if self.compressor is None else model["num_older"],
         )
 
     def ranker(self, source: BatchSource) -> Ranker:
@@ -60,6 +68,9 @@ class Package:
 
     def _inputs(self, source: BatchSource, groups: LabelGroups) -> list[Tensor]:
         raw = raw_streams(source, groups)
+        older = source.older(groups)
+        if self.compressor is not None and older is not None:
+            raw["lifelong"], raw["lifelong_count"] = self.compressor(*older)
         inputs = []
         for spec in self.manifest["inputs"]:
             name, dtype = spec["name"], getattr(torch, spec["dtype"])

@@ -26,8 +26,13 @@ class Ranks:
         """Whether this process writes what is written once."""
         return self.number == 0
 
-    def synchronised(self, module: nn.Module) -> nn.Module:
-        """The module, with its gradients averaged over all ranks after each backward pass."""
+    def synchronised(self, module: nn.Module, *, may_skip: bool) -> nn.Module:
+        """The module, with its gradients averaged over all ranks after each backward pass.
+
+        Args:
+            module: Equal on all ranks.
+            may_skip: Whether a pass may leave parameters out.
+        """
         if self.num_ranks == 1:
             return module
         on_cuda = self.device.type == "cuda"
@@ -35,9 +40,8 @@ class Ranks:
             module,
             device_ids=[self.device.index] if on_cuda else None,
             # Tables are the same everywhere and never change.
-            broadcast_buffers=False,
-            # A stage of training may leave parts of a model out.
-            find_unused_parameters=True,
+            forward_sync_buffers=False,
+            find_unused_parameters=may_skip,
         )
 
     def sums(self, *values: float) -> list[float]:
@@ -97,3 +101,8 @@ def chosen_device(device: Literal["cpu", "cuda", "auto"]) -> torch.device:
     place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(place)
     return place
+
+
+def is_first_process() -> bool:
+    """Whether this process is alone, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"

@@ -2,15 +2,17 @@
 
 import time
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from trainer.checkpoint import Position
 from trainer.ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 # Losses of so many newest steps are averaged in the progress bar.
 SHOWN_LOSSES = 50
@@ -57,8 +59,14 @@ class RunLog:
         self._at = time.monotonic()
         self._tokens: int | None = None
         if self._folder is not None:
+            from torch.utils.tensorboard import (  # noqa: PLC0415 - only who writes events pays
+                SummaryWriter,
+            )
+
             # What an interrupted run wrote after its last checkpoint is hidden.
-            self._writer = SummaryWriter(str(self._folder / self._name), purge_step=done or None)
+            self._writer = SummaryWriter(
+                str(self._folder / self._name), purge_step=done + 1 if done else None
+            )
 
     def step(self, position: Position, *, loss: float, rate: float, norm: float) -> None:
         """Show a step that was done."""

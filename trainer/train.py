@@ -3,11 +3,12 @@
 import hashlib
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from trainer.batches import NUM_TARGETS, Batch, BatchSource, LabelExamples
+from trainer.batches import NUM_TARGETS, PADDING, Batch, BatchSource, LabelExamples
 from trainer.dataset import (
     TRAIN_QUANTILE,
     EventLog,
@@ -19,10 +20,17 @@ from trainer.dataset import (
 )
 from trainer.errors import BudgetError
 from trainer.item_vectors import co_occurrence_vectors, with_domains
-from trainer.loop import NO_OUTPUTS, Fitted, Learner, LoopConfig, Outputs, fit, prepare_torch
-from trainer.models.gems import Gems, GemsConfig
+from trainer.loop import NO_OUTPUTS, Fitted, Learner, LoopConfig, Outputs, Stage, fit, prepare_torch
+from trainer.models.config import GemsConfig
+from trainer.models.gems import Gems
+from trainer.models.indexer import DISTIL, FULL, TOP_K
+from trainer.models.lifelong import Compressor
 from trainer.semantic_ids import CODE_SIZES, learn_semantic_ids
 from trainer.vocabulary import Vocabulary, item_counts
+
+# Shares of a training after which its stages begin. The paper stops each when its loss has
+# converged and calls the third short; shares end within a given budget.
+STAGE_BEGINS = (0.0, 0.6, 0.85)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,9 +72,7 @@ class GemsLearner(Learner[Batch]):
 
     def loss(self, batch: Batch) -> Tensor:
         """See `Learner`."""
-        known = batch.targets_BT > 0
-        # A masked likelihood may be any finite number.
-        return -(self.model.log_likelihood(batch) * known).sum() / known.sum().clamp(min=1)
+        return self.model.loss(batch)
 
     def num_targets(self, batch: Batch) -> int:
         """See `Learner`."""
@@ -74,7 +80,8 @@ class GemsLearner(Learner[Batch]):
 
     def num_tokens(self, batch: Batch) -> int:
         """See `Learner`."""
-        return int(batch.recent.mask.sum()) + int(batch.mid.mask.sum())
+        older = 0 if batch.older is None else int((batch.older.item != PADDING).sum())
+        return int(batch.recent.mask.sum()) + int(batch.mid.mask.sum()) + older
 
 
 def train(log: EventLog, config: TrainConfig, outputs: Outputs = NO_OUTPUTS) -> Trained:
@@ -95,7 +102,11 @@ def train(log: EventLog, config: TrainConfig, outputs: Outputs = NO_OUTPUTS) -> 
     learnable = newest(training_groups(log, groups, split_ms=split_ms), share=config.label_share)
     vocabulary = Vocabulary.of(log, split_ms=split_ms)
     source = BatchSource.of(
-        log, vocabulary, num_recent=config.model.num_recent, num_mid=config.model.num_mid
+        log,
+        vocabulary,
+        num_recent=config.model.num_recent,
+        num_mid=config.model.num_mid,
+        num_older=config.model.num_older_read,
     )
     model = new_model(log, vocabulary, config, tables_ms=split_ms)
     fitted = fit(
@@ -104,6 +115,7 @@ def train(log: EventLog, config: TrainConfig, outputs: Outputs = NO_OUTPUTS) -> 
         config.loop,
         name="gems",
         outputs=replace(outputs, data_key=_data_key(log, config)),
+        stages=training_stages(model),
         spent_s=time.monotonic() - started,
     )
     if not fitted.losses:
@@ -120,6 +132,14 @@ def train(log: EventLog, config: TrainConfig, outputs: Outputs = NO_OUTPUTS) -> 
         split_ms=split_ms,
         fitted=fitted,
     )
+
+
+def training_stages(model: Gems) -> list[Stage]:
+    """The three stages of the paper's section on training; none for a model without an indexer."""
+    if model.config.used_indexer is None:
+        return []
+    shares = zip(STAGE_BEGINS, (FULL, DISTIL, TOP_K), strict=True)
+    return [Stage(begin, partial(model.set_stage, number)) for begin, number in shares]
 
 
 def new_model(
@@ -142,6 +162,12 @@ def new_model(
         num_domains=len(vocabulary.domain_ids),
         item_vectors_VE=vectors,
         item_counts_V=torch.from_numpy(item_counts(log, vocabulary, until_ms=tables_ms)),
+        compressor=Compressor(
+            width=config.model.width,
+            item_ids_V=torch.from_numpy(vocabulary.item_ids_V),
+            domain_ids=torch.from_numpy(vocabulary.domain_ids),
+            item_vectors_VE=vectors,
+        ),
     )
 
 

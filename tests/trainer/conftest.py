@@ -52,8 +52,8 @@ def small_model(**changes: object) -> GemsConfig:
         "num_recent_layers": 1,
         "num_recent": 8,
         "num_mid": 24,
-        "num_lifelong": 2,
-        "lifelong_width": 4,
+        "num_seeds": 2,
+        "memory_dropout": 0.0,
         "dropout": 0.0,
     }
     return GemsConfig(**{**sizes, **changes})  # type: ignore[arg-type]

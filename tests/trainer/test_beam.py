@@ -24,7 +24,7 @@ def _search(
 ) -> tuple[Tensor, Tensor]:
     recent, mid = trained.source.streams(groups)
     with torch.no_grad():
-        reading = trained.model.read(without_lifelong(recent, mid, trained.config.model))
+        reading = trained.model.read(without_lifelong(recent, mid))
         return generate(trained.model, reading, allowed, k_max=k_max, beam_width=EVERY_PREFIX)
 
 

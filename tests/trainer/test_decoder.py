@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from trainer.models.decoder import DecoderBlock, Fusion, StreamTokens, fuse
-from trainer.models.layers import Attention
+from trainer.models.decoder import DecoderBlock, Fusion, fuse
+from trainer.models.layers import Attention, StreamTokens
 
 WIDTH, NUM_EVENTS = 8, 5
-FUSIONS: tuple[Fusion, ...] = ("delta_sum", "sum", "mean")
+FUSIONS: tuple[Fusion, ...] = ("delta_sum", "sum", "mean", "gate")
 
 
 def _streams(present: tuple[bool, bool, bool], seed: int = 0) -> tuple[StreamTokens, ...]:
@@ -27,7 +27,7 @@ def test_one_stream_makes_an_ordinary_decoder_block(fusion: Fusion) -> None:
     block = DecoderBlock(WIDTH, 2, fusion=fusion)
     x = torch.randn(2, 3, 2, WIDTH)
     memories = block.remember(_streams((True, False, False)))
-    state, change, _ = block(x, None, memories)
+    state, change, _, _ = block(x, None, memories)
     normed = block.norm(x).flatten(0, 1)
     mask = torch.ones(1, 2, 2, dtype=torch.bool).tril()
     after_self = x.flatten(1, 2) + block.attention(
@@ -45,8 +45,8 @@ def test_without_streams_only_self_attention_is_left(fusion: Fusion) -> None:
     torch.manual_seed(0)
     block = DecoderBlock(WIDTH, 2, fusion=fusion)
     x = torch.randn(2, 1, 1, WIDTH)
-    one, _, _ = block(x, None, block.remember(_streams((False, False, False), seed=1)))
-    other, _, _ = block(x, None, block.remember(_streams((False, False, False), seed=2)))
+    one, _, _, _ = block(x, None, block.remember(_streams((False, False, False), seed=1)))
+    other, _, _, _ = block(x, None, block.remember(_streams((False, False, False), seed=2)))
     assert torch.equal(one, other)
 
 
@@ -56,8 +56,8 @@ def test_what_an_absent_stream_holds_does_not_matter() -> None:
     x = torch.randn(2, 1, 1, WIDTH)
     recent, mid, lifelong = _streams((True, True, False))
     noise = StreamTokens(100 * torch.randn(2, NUM_EVENTS, WIDTH), lifelong.mask_BN)
-    one, _, _ = block(x, None, block.remember((recent, mid, lifelong)))
-    other, _, _ = block(x, None, block.remember((recent, mid, noise)))
+    one, _, _, _ = block(x, None, block.remember((recent, mid, lifelong)))
+    other, _, _, _ = block(x, None, block.remember((recent, mid, noise)))
     assert torch.equal(one, other)
 
 
@@ -76,10 +76,10 @@ def test_token_by_token_equals_all_at_once() -> None:
     block = DecoderBlock(WIDTH, 2, fusion="delta_sum")
     memories = block.remember(_streams((True, True, False)))
     x = torch.randn(2, 4, 3, WIDTH)
-    together, _, _ = block(x, None, memories)
+    together, _, _, _ = block(x, None, memories)
     past = None
     for position in range(3):
-        state, _, kept = block(x[:, :, position : position + 1], past, memories)
+        state, _, kept, _ = block(x[:, :, position : position + 1], past, memories)
         past = kept if past is None else torch.cat((past, kept), dim=2)
         torch.testing.assert_close(state[:, :, 0], together[:, :, position])
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from trainer.dataset import LabelGroups
 from trainer.errors import ExportError
 from trainer.export import (
+    COMPRESSOR_FILE,
     ITEM_IDS_FILE,
     MANIFEST_FILE,
     MODEL_FILE,
@@ -156,7 +157,7 @@ def test_manifest_says_what_was_exported(directory: Path, trained: Trained) -> N
 
 
 def test_a_changed_file_is_noticed(directory: Path, tmp_path: Path) -> None:
-    for name in (MODEL_FILE, ITEM_IDS_FILE, MANIFEST_FILE):
+    for name in (MODEL_FILE, COMPRESSOR_FILE, ITEM_IDS_FILE, MANIFEST_FILE):
         (tmp_path / name).write_bytes((directory / name).read_bytes())
     (tmp_path / ITEM_IDS_FILE).write_bytes(b"12345678")
     with pytest.raises(ExportError, match=ITEM_IDS_FILE):

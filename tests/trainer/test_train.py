@@ -48,7 +48,7 @@ def test_an_untrained_copy_is_plain_counting(trained: Trained) -> None:
     groups = trained.groups.select(np.array([len(trained.groups) - 1]))
     recent, mid = trained.source.streams(groups)
     with torch.no_grad():
-        reading = untrained.read(without_lifelong(recent, mid, trained.config.model))
+        reading = untrained.read(without_lifelong(recent, mid))
     assert reading.shares is not None
     item = torch.cat((mid.item, recent.item), dim=1)[0]
     known, counts = item[item > 0].unique(return_counts=True)
@@ -62,7 +62,7 @@ def test_without_history_the_generative_part_decides_alone(trained: Trained) -> 
     recent, mid = trained.source.streams(first)
     assert not recent.mask.any()
     with torch.no_grad():
-        reading = trained.model.read(without_lifelong(recent, mid, trained.config.model))
+        reading = trained.model.read(without_lifelong(recent, mid))
     assert reading.copy_weight_B.item() == 0
     assert (reading.contribution_B3 == 0).all()
 
@@ -71,7 +71,7 @@ def test_contributions_are_shares(trained: Trained) -> None:
     last = trained.groups.select(np.array([len(trained.groups) - 1]))
     recent, mid = trained.source.streams(last)
     with torch.no_grad():
-        reading = trained.model.read(without_lifelong(recent, mid, trained.config.model))
+        reading = trained.model.read(without_lifelong(recent, mid))
     assert reading.contribution_B3.sum().item() == pytest.approx(1.0)
     assert reading.contribution_B3[0, 2].item() == 0
 
@@ -131,6 +131,6 @@ def test_model_survives_ids_it_never_saw(
     assert recent.mask.any()
     assert (recent.item == 0).all()
     with torch.no_grad():
-        reading = trained.model.read(without_lifelong(recent, mid, trained.config.model))
+        reading = trained.model.read(without_lifelong(recent, mid))
     assert torch.isfinite(reading.state_BD).all()
     assert (reading.copy_weight_B == 0).all()

@@ -96,7 +96,7 @@ def _step(
     tokens: Tensor = model.tokens[level](code_BW)
     if past is None:
         past = tuple(p.expand(-1, code_BW.shape[1], -1, -1) for p in reading.past)
-    state, kept, _ = model.decode(tokens.unsqueeze(2), past, reading.memories)
+    state, kept, _, _ = model.decode(tokens.unsqueeze(2), past, reading.memories)
     joined = tuple(torch.cat(pair, dim=2) for pair in zip(past, kept, strict=True))
     return state[:, :, 0], joined
 

@@ -3,9 +3,11 @@
 Source: GEMs, arXiv 2602.13631, section on the multi-stream decoder: causal self-attention over the
 tokens of the semantic id, then one cross-attention with its own feed-forward layer per stream,
 all read in parallel and fused without parameters. The normalisation of the queries is inferred.
+The learned `gate` is none of ours to serve: it exists to be compared with (the paper reports that
+learned fusion drifts to the recent stream).
 
 Legend: B batch, T candidates per user (targets or beams), L tokens of a semantic id, P past tokens,
-D width, N events of a stream, S = 3 streams: recent, mid-term, lifelong.
+Q = T * L queries, D width, N events of a stream, S = 3 streams: recent, mid-term, lifelong.
 """
 
 from typing import Literal, NamedTuple
@@ -13,43 +15,31 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trainer.models.layers import Attention, FeedForward, Memory, causal_mask
+from trainer.models.indexer import IndexedBranch, IndexerConfig
+from trainer.models.layers import Attention, Branch, Memory, StreamTokens, causal_mask
 
-Fusion = Literal["delta_sum", "sum", "mean"]
+ParameterFree = Literal["delta_sum", "sum", "mean"]
+Fusion = ParameterFree | Literal["gate"]
 NUM_STREAMS = 3
 
 
-class StreamTokens(NamedTuple):
-    """Encoded events of one stream and which of them are real."""
+class BlockOutput(NamedTuple):
+    """What a block leaves.
 
-    tokens_BND: Tensor
-    mask_BN: Tensor
+    Attributes:
+        state_BTLD: The new state.
+        change_BTS: Length of what each stream changed at the first new token.
+        kept_BTLD: What later tokens need of these.
+        index_loss: Divergence of the indexer from its teacher, a scalar; 0 unless it learns.
+    """
 
-
-class Branch(nn.Module):
-    """Cross-attention to one stream with its own feed-forward layer."""
-
-    def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(width)
-        self.norm_memory = nn.RMSNorm(width)
-        self.attention = Attention(width, num_heads)
-        self.feed_forward = FeedForward(width)
-
-    def remember(self, stream: StreamTokens) -> Memory:
-        """Keys and values of the stream."""
-        return self.attention.remember(
-            self.norm_memory(stream.tokens_BND), stream.mask_BN.unsqueeze(1)
-        )
-
-    def forward(self, x_BQD: Tensor, memory: Memory) -> Tensor:
-        """The state after this stream alone was read, [B, Q, D]."""
-        x_BQD = x_BQD + self.attention(self.norm(x_BQD), memory)
-        changed: Tensor = x_BQD + self.feed_forward(x_BQD)
-        return changed
+    state_BTLD: Tensor
+    change_BTS: Tensor
+    kept_BTLD: Tensor
+    index_loss: Tensor
 
 
-def fuse(x_BQD: Tensor, read_SBQD: Tensor, present_SB11: Tensor, *, fusion: Fusion) -> Tensor:
+def fuse(x_BQD: Tensor, read_SBQD: Tensor, present_SB11: Tensor, *, fusion: ParameterFree) -> Tensor:
     """Join the branches; an absent stream adds exactly nothing.
 
     `sum` is the paper's, which multiplies the residual by the number of streams at each block;
@@ -64,17 +54,45 @@ def fuse(x_BQD: Tensor, read_SBQD: Tensor, present_SB11: Tensor, *, fusion: Fusi
     return torch.where(num_present > 0, total, x_BQD)
 
 
+class Gate(nn.Module):
+    """Ablation only: shares of the present streams, learned from the state before reading."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.share = nn.Linear(width, NUM_STREAMS)
+
+    def forward(self, x_BQD: Tensor, read_SBQD: Tensor, present_SB11: Tensor) -> Tensor:
+        """The state plus the streams' changes, weighted; the shares of all present sum to 1."""
+        logits_SBQ1 = self.share(x_BQD).permute(2, 0, 1).unsqueeze(3)
+        lowest = torch.finfo(x_BQD.dtype).min
+        share_SBQ1 = logits_SBQ1.masked_fill(present_SB11 == 0, lowest).softmax(dim=0)
+        return x_BQD + ((read_SBQD - x_BQD) * share_SBQ1 * present_SB11).sum(dim=0)
+
+
 class DecoderBlock(nn.Module):
     """Self-attention over the semantic id, three streams read in parallel, fusion."""
 
-    def __init__(self, width: int, num_heads: int, *, fusion: Fusion) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        fusion: Fusion,
+        indexer: IndexerConfig | None = None,
+    ) -> None:
         super().__init__()
         self.fusion: Fusion = fusion
         self.norm = nn.RMSNorm(width)
         self.attention = Attention(width, num_heads)
         self.recent = Branch(width, num_heads)
-        self.mid = Branch(width, num_heads)
+        self.mid = (
+            Branch(width, num_heads)
+            if indexer is None
+            else IndexedBranch(width, num_heads, indexer)
+        )
         self.lifelong = Branch(width, num_heads)
+        if fusion == "gate":
+            self.gate = Gate(width)
 
     @property
     def branches(self) -> tuple[Branch, Branch, Branch]:
@@ -89,13 +107,8 @@ class DecoderBlock(nn.Module):
 
     def forward(
         self, x_BTLD: Tensor, past_BTPD: Tensor | None, memories: tuple[Memory, ...]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Read new tokens after `past_BTPD` (the third output of earlier calls, joined).
-
-        Returns:
-            The new state [B, T, L, D]; the length of what each stream changed [B, T, S] at the
-            first new token; and what later tokens need of these, [B, T, L, D].
-        """
+    ) -> BlockOutput:
+        """Read new tokens after `past_BTPD` (what earlier calls kept, joined)."""
         batch, num_beams, num_new, width = x_BTLD.shape
         normed: Tensor = self.norm(x_BTLD)
         source = normed if past_BTPD is None else torch.cat((past_BTPD, normed), dim=2)
@@ -103,15 +116,22 @@ class DecoderBlock(nn.Module):
         memory = self.attention.remember(source.flatten(0, 1), mask.unsqueeze(0))
         attended: Tensor = self.attention(normed.flatten(0, 1), memory)
         x_BQD = x_BTLD.flatten(1, 2) + attended.view(batch, -1, width)
-        read = [
+        answers = [
             branch(x_BQD, stream) for branch, stream in zip(self.branches, memories, strict=True)
         ]
-        read_SBQD = torch.stack(read)
+        read_SBQD = torch.stack([state for state, _ in answers])
+        index_loss = torch.stack([loss for _, loss in answers]).sum()
         present = [stream.mask_B1QN.flatten(1).any(dim=1) for stream in memories]
         present_SB11 = torch.stack(present)[:, :, None, None].float()
-        fused = fuse(x_BQD, read_SBQD, present_SB11, fusion=self.fusion)
+        if self.fusion == "gate":
+            fused = self.gate(x_BQD, read_SBQD, present_SB11)
+        else:
+            fused = fuse(x_BQD, read_SBQD, present_SB11, fusion=self.fusion)
         change_SBQ = ((read_SBQD - x_BQD) * present_SB11).norm(dim=-1)
-        change_BTS = change_SBQ.view(NUM_STREAMS, batch, num_beams, num_new)[..., 0].permute(
-            1, 2, 0
+        change_SBT = change_SBQ.view(NUM_STREAMS, batch, num_beams, num_new)[..., 0]
+        return BlockOutput(
+            fused.view(batch, num_beams, num_new, width),
+            change_SBT.permute(1, 2, 0),
+            normed,
+            index_loss,
         )
-        return fused.view(batch, num_beams, num_new, width), change_BTS, normed

@@ -1,30 +1,42 @@
 """GEMs: retrieval by generating semantic ids from three streams of a user's history.
 
-Source: GEMs, arXiv 2602.13631. This is stage 1 of its training: the mid-term stream is read with
-full attention. Named extensions, each switchable: `copy` (copying.py), `prior` (the logits start at
-the log frequency of each node of the id tree) and `leaf` (the last level also matches item
-vectors).
+Source: GEMs, arXiv 2602.13631: sections on the streams, the multi-stream decoder, the indexer
+(indexer.py), the lifecycle stream (lifelong.py) and the training stages. Named extensions, each
+switchable: `copy` (copying.py), `prior` (the logits start at the log frequency of each node of the
+id tree) and `leaf` (the last level also matches item vectors).
 
-Legend: B users, N events of a stream, R recent, M mid-term, S lifelong slots, T candidates per user
-(targets or beams), L tokens, D width, I = V + 1 dense items (0 unknown), K1, K2, K3 codes of the
-levels, P = K1 * K2 pairs of codes.
+Legend: B users, N events of a stream, R recent, M mid-term, S summary tokens, X rows and V columns
+of a lifelong state, T candidates per user (targets or beams), L tokens, D width, I = V + 1 dense
+items (0 unknown), K1, K2, K3 codes of the levels, P = K1 * K2 pairs of codes.
 """
 
+import copy
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.batches import NUM_MID, NUM_RECENT, Batch, Stream
+from trainer.batches import Batch, OldEvents, Stream
+from trainer.models.config import GemsConfig
 from trainer.models.copying import CopyHead, CopyShares
-from trainer.models.decoder import DecoderBlock, Fusion, StreamTokens
+from trainer.models.decoder import DecoderBlock
 from trainer.models.events import EventEncoder
-from trainer.models.layers import EncoderLayer, Memory
+from trainer.models.indexer import FULL, TOP_K, IndexedBranch, Stage
+from trainer.models.layers import EncoderLayer, Memory, StreamTokens
+from trainer.models.lifelong import (
+    NUM_ROWS,
+    VALUE_WIDTH,
+    Compressor,
+    MemoryReader,
+    Reconstruction,
+    newest_vectors,
+)
 from trainer.models.trie import ItemTrie
 from trainer.semantic_ids import SemanticIds
+
+__all__ = ["Gems", "GemsConfig", "History", "Reading", "mixed_log", "without_lifelong"]
 
 # Probabilities below this are treated as this, so that logarithms and their gradients stay finite.
 SMALLEST_SHARE = 1e-12
@@ -32,38 +44,18 @@ SMALLEST_SHARE = 1e-12
 INITIAL_SPREAD = 0.05
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GemsConfig:
-    """Sizes and switches of the model; stored with every export."""
-
-    width: int = 64
-    num_heads: int = 4
-    num_blocks: int = 2
-    num_recent_layers: int = 2
-    num_mid_layers: int = 0
-    num_recent: int = NUM_RECENT
-    num_mid: int = NUM_MID
-    num_lifelong: int = 16
-    lifelong_width: int = 64
-    fusion: Fusion = "delta_sum"
-    copy: Literal["off", "streams"] = "streams"
-    prior: Literal["off", "log_count"] = "log_count"
-    leaf: Literal["codes", "items"] = "items"
-    item_vectors: Literal["frozen", "trained"] = "frozen"
-    dropout: float = 0.1
-
-
 class History(NamedTuple):
     """What is known of B users: two streams of events and the lifelong memory.
 
     Attributes:
-        lifelong_BSD: Summary tokens; `lifelong_mask_BS` is all False until memories exist.
+        lifelong_BXV: The state of lifelong.py, zeros without a memory.
+        lifelong_count_B1: Events folded into it, int64; 0 means there is no memory.
     """
 
     recent: Stream
     mid: Stream
-    lifelong_BSD: Tensor
-    lifelong_mask_BS: Tensor
+    lifelong_BXV: Tensor
+    lifelong_count_B1: Tensor
 
 
 class Reading(NamedTuple):
@@ -76,6 +68,8 @@ class Reading(NamedTuple):
         contribution_B3: Share of each stream in what the decoder changed; 0 for an absent one.
         shares: The copy distribution, None with copy off.
         copy_weight_B: Probability that the next item is a copy; 0 with copy off.
+        summary_BSD: What the seeds read of the lifelong state.
+        index_loss: Divergence of the indexers while they learn, a scalar.
     """
 
     memories: tuple[tuple[Memory, ...], ...]
@@ -84,6 +78,17 @@ class Reading(NamedTuple):
     contribution_B3: Tensor
     shares: CopyShares | None
     copy_weight_B: Tensor
+    summary_BSD: Tensor
+    index_loss: Tensor
+
+
+class Decoded(NamedTuple):
+    """States after new tokens [B, T, L, D], the past per block, changes [B, T, 3], a loss."""
+
+    state_BTLD: Tensor
+    past: tuple[Tensor, ...]
+    change_BT3: Tensor
+    index_loss: Tensor
 
 
 class Gems(nn.Module):
@@ -97,7 +102,18 @@ class Gems(nn.Module):
         num_domains: int,
         item_vectors_VE: Tensor,
         item_counts_V: Tensor,
+        compressor: Compressor | None = None,
     ) -> None:
+        """Draw fresh weights.
+
+        Args:
+            config: Sizes and switches.
+            semantic_ids: Of the items.
+            num_domains: Domains the vocabulary knows.
+            item_vectors_VE: Read off the log.
+            item_counts_V: Events of each item.
+            compressor: Folds old events while training; a served model gets states ready-made.
+        """
         super().__init__()
         width, item_width = config.width, item_vectors_VE.shape[1]
         self.config = config
@@ -115,11 +131,23 @@ class Gems(nn.Module):
         self.position_RD = nn.Parameter(INITIAL_SPREAD * torch.randn(config.num_recent, width))
         self.recent_layers = _layers(config.num_recent_layers, config)
         self.mid_layers = _layers(config.num_mid_layers, config)
-        self.lifelong = nn.Linear(config.lifelong_width, width)
+        self.memory = MemoryReader(
+            width=width,
+            num_heads=config.num_heads,
+            num_seeds=config.num_seeds,
+            num_layers=config.num_lifelong_layers,
+        )
+        self.compressor = compressor if "lifelong" in config.streams else None
+        if self.compressor is not None:
+            self.reconstruction = Reconstruction(
+                width=width, item_width=self.compressor.item_vector_IE.shape[1]
+            )
         self.begin_D = nn.Parameter(INITIAL_SPREAD * torch.randn(width))
         self.tokens = nn.ModuleList(_codes(size, width) for size in semantic_ids.sizes[:2])
         self.blocks = nn.ModuleList(
-            DecoderBlock(width, config.num_heads, fusion=config.fusion)
+            DecoderBlock(
+                width, config.num_heads, fusion=config.fusion, indexer=config.used_indexer
+            )
             for _ in range(config.num_blocks)
         )
         self.dropout = nn.Dropout(config.dropout)
@@ -132,56 +160,95 @@ class Gems(nn.Module):
         self.biases = nn.ParameterList(nn.Parameter(scale * bias) for bias in biases)
         if config.leaf == "items":
             self.leaf = nn.Linear(width, item_width, bias=False)
-        if config.copy == "streams":
+        if config.copies:
             self.copy = CopyHead(width, item_width)
             self.gate = nn.Linear(width, 1)
 
+    def set_stage(self, stage: Stage) -> None:
+        """Enter a stage of training: 1 full attention, 2 the indexer learns, 3 top-K on.
+
+        Source: section on training stages. Without an indexer every stage is the first.
+        """
+        for block in self._decoder_blocks():
+            if isinstance(block.mid, IndexedBranch):
+                block.mid.stage = stage
+
+    def for_serving(self) -> Self:
+        """A copy in evaluation mode that has only what an answer needs."""
+        served = copy.deepcopy(self).eval()
+        served.compressor = None
+        if hasattr(served, "reconstruction"):
+            del served.reconstruction
+        served.set_stage(TOP_K if self.config.mid_attention == "indexer" else FULL)
+        return served
+
+    def history(self, recent: Stream, mid: Stream, older: OldEvents | None) -> History:
+        """What is known of users whose old events are at hand; None stands for no old events."""
+        if older is None or self.compressor is None:
+            return without_lifelong(recent, mid)
+        state_BXV, count_B1 = self.compressor.fold(older)
+        return History(recent, mid, state_BXV, count_B1)
+
     def read(self, history: History) -> Reading:
         """Encode the streams and decode the first token."""
-        recent, mid, lifelong, lifelong_mask = history
-        recent_BRD = self.events(recent, self.item(recent.item), self.trie)
-        # The newest event is always last, so that positions count from the end.
-        recent_BRD = recent_BRD + self.position_RD[-recent.item.shape[1] :]
-        recent_BRD = self.dropout(recent_BRD)
-        for layer in self.recent_layers:
-            recent_BRD = layer(recent_BRD, recent.mask)
-        mid_BMD = self.dropout(self.events(mid, self.item(mid.item), self.trie))
-        for layer in self.mid_layers:
-            mid_BMD = layer(mid_BMD, mid.mask)
-        streams = (
-            StreamTokens(recent_BRD, recent.mask),
-            StreamTokens(mid_BMD, mid.mask),
-            StreamTokens(self.lifelong(lifelong), lifelong_mask),
+        recent, mid, state_BXV, count_B1 = history
+        summary_BSD, summary_mask_BS = self.memory(state_BXV, count_B1)
+        streams = self._present(
+            self._recent(recent), self._mid(mid), StreamTokens(summary_BSD, summary_mask_BS)
         )
         memories = tuple(block.remember(streams) for block in self._decoder_blocks())
-        begin = self.begin_D.expand(recent_BRD.shape[0], 1, 1, -1)
-        state_BTLD, past, change_BT3 = self.decode(begin, None, memories)
+        begin = self.begin_D.expand(state_BXV.shape[0], 1, 1, -1)
+        state_BTLD, past, change_BT3, index_loss = self.decode(begin, None, memories)
         state_BD = state_BTLD[:, 0, 0]
         change_B3 = change_BT3[:, 0]
         contribution = change_B3 / change_B3.sum(dim=1, keepdim=True).clamp(min=SMALLEST_SHARE)
         shares, weight = self._copies(recent, mid, state_BD)
-        return Reading(memories, past, state_BD, contribution, shares, weight)
+        return Reading(
+            memories, past, state_BD, contribution, shares, weight, summary_BSD, index_loss
+        )
+
+    def _recent(self, recent: Stream) -> StreamTokens:
+        x_BRD = self.events(recent, self.item(recent.item), self.trie)
+        # The newest event is always last, so that positions count from the end.
+        x_BRD = x_BRD + self.position_RD[-recent.item.shape[1] :]
+        x_BRD = self.dropout(x_BRD)
+        for layer in self.recent_layers:
+            x_BRD = layer(x_BRD, recent.mask)
+        return StreamTokens(x_BRD, recent.mask)
+
+    def _mid(self, mid: Stream) -> StreamTokens:
+        x_BMD = self.dropout(self.events(mid, self.item(mid.item), self.trie))
+        for layer in self.mid_layers:
+            x_BMD = layer(x_BMD, mid.mask)
+        return StreamTokens(x_BMD, mid.mask)
+
+    def _present(self, *streams: StreamTokens) -> tuple[StreamTokens, ...]:
+        """The streams, those that the configuration leaves out as if nobody had any event."""
+        return tuple(
+            stream._replace(mask_BN=stream.mask_BN & (name in self.config.streams))
+            for name, stream in zip(("recent", "mid", "lifelong"), streams, strict=True)
+        )
 
     def decode(
         self,
         x_BTLD: Tensor,
         past: tuple[Tensor, ...] | None,
         memories: tuple[tuple[Memory, ...], ...],
-    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-        """Run new tokens through all blocks.
-
-        Returns:
-            Normalised states [B, T, L, D], what later tokens need per block, and the change that
-            each stream made [B, T, 3].
-        """
-        kept, changes = [], []
+    ) -> Decoded:
+        """Run new tokens through all blocks; the states returned are normalised."""
+        kept, changes, losses = [], [], []
         for number, block in enumerate(self._decoder_blocks()):
             before = None if past is None else past[number]
-            x_BTLD, change, keep = block(x_BTLD, before, memories[number])
+            x_BTLD, change, keep, loss = block(x_BTLD, before, memories[number])
             kept.append(keep)
             changes.append(change)
-        state: Tensor = self.dropout(self.norm(x_BTLD))
-        return state, tuple(kept), torch.stack(changes).sum(dim=0)
+            losses.append(loss)
+        return Decoded(
+            self.dropout(self.norm(x_BTLD)),
+            tuple(kept),
+            torch.stack(changes).sum(dim=0),
+            torch.stack(losses).sum(),
+        )
 
     def _decoder_blocks(self) -> Iterator[DecoderBlock]:
         return iter(cast("Iterable[DecoderBlock]", self.blocks))
@@ -205,37 +272,72 @@ class Gems(nn.Module):
             logits = logits + (vectors_BTKE @ self.leaf(state_BTD).unsqueeze(3)).squeeze(3)
         return _log_softmax_where(logits, children_BTK > 0)
 
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean negative log-likelihood of the known targets, plus the weighted side losses.
+
+        Source: section on losses: L_NTP + lambda * L_idx + L_rec. The weight of L_rec is inferred.
+        """
+        generated_BT, reading = self._likelihood(batch)
+        known_BT = batch.targets_BT > 0
+        loss = -(generated_BT * known_BT).sum() / known_BT.sum().clamp(min=1)
+        loss = loss + self.config.index_weight * reading.index_loss
+        if self.compressor is None or batch.older is None:
+            return loss
+        vectors, mask = newest_vectors(self.compressor, batch.older)
+        told = self.reconstruction(reading.summary_BSD, vectors, mask)
+        return loss + self.config.reconstruction_weight * told
+
     def log_likelihood(self, batch: Batch) -> Tensor:
         """Log-probability of each target [B, T]; what is returned for target 0 means nothing."""
-        reading = self.read(without_lifelong(batch.recent, batch.mid, self.config))
+        return self._likelihood(batch)[0]
+
+    def _likelihood(self, batch: Batch) -> tuple[Tensor, Reading]:
+        """Log-probabilities [B, T], and the reading with the index loss of every token."""
+        history = self.history(batch.recent, batch.mid, batch.older)
+        reading = self.read(self._with_some_memories_lost(history))
         codes_BT3 = self.trie.codes_I3[batch.targets_BT]
         first, second, third = codes_BT3.unbind(dim=2)
         x_BTLD = torch.stack((self.tokens[0](first), self.tokens[1](second)), dim=2)
         past = tuple(p.expand(-1, x_BTLD.shape[1], -1, -1) for p in reading.past)
-        state_BTLD, _, _ = self.decode(x_BTLD, past, reading.memories)
+        state_BTLD, _, _, index_loss = self.decode(x_BTLD, past, reading.memories)
+        reading = reading._replace(index_loss=reading.index_loss + index_loss)
         prefix = first * self.trie.sizes[1] + second
+        first_BTK = self.log_first(reading.state_BD).unsqueeze(1).expand(-1, first.shape[1], -1)
         generated = (
-            _pick(
-                self.log_first(reading.state_BD).unsqueeze(1).expand(-1, first.shape[1], -1), first
-            )
+            _pick(first_BTK, first)
             + _pick(self.log_second(state_BTLD[:, :, 0], first), second)
             + _pick(self.log_third(state_BTLD[:, :, 1], prefix), third)
         )
         if reading.shares is None:
-            return generated
+            return generated, reading
         share_BG, item_BG = reading.shares
         same_BTG = batch.targets_BT.unsqueeze(2) == item_BG.unsqueeze(1)
         copied_BT = (same_BTG * share_BG.unsqueeze(1)).sum(dim=2)
-        return mixed_log(generated, copied_BT, reading.copy_weight_B.unsqueeze(1))
+        return mixed_log(generated, copied_BT, reading.copy_weight_B.unsqueeze(1)), reading
+
+    def _with_some_memories_lost(self, history: History) -> History:
+        """While training, some users are read without their memory: it may be missing in service.
+
+        A memory of a new version is complete for everybody only after a while.
+        """
+        if not self.training or self.compressor is None or self.config.memory_dropout == 0:
+            return history
+        kept_B1 = torch.rand_like(history.lifelong_BXV[:, 0, :1]) >= self.config.memory_dropout
+        return history._replace(
+            lifelong_BXV=history.lifelong_BXV * kept_B1.unsqueeze(2),
+            lifelong_count_B1=history.lifelong_count_B1 * kept_B1,
+        )
 
     def _copies(
         self, recent: Stream, mid: Stream, state_BD: Tensor
     ) -> tuple[CopyShares | None, Tensor]:
-        if self.config.copy == "off":
+        if not self.config.copies:
             return None, torch.zeros_like(state_BD[:, 0])
+        named = (("mid", mid), ("recent", recent))
+        streams = [stream for name, stream in named if name in self.config.streams]
         seen = self.copy.occurrences(
-            torch.cat((mid.item, recent.item), dim=1),
-            torch.cat((mid.age_ms, recent.age_ms), dim=1),
+            torch.cat([stream.item for stream in streams], dim=1),
+            torch.cat([stream.age_ms for stream in streams], dim=1),
         )
         shares: CopyShares = self.copy(seen, self.item(seen.item_BG), state_BD)
         weight: Tensor = self.gate(state_BD).squeeze(1).sigmoid()
@@ -253,14 +355,14 @@ def mixed_log(log_generated: Tensor, copied: Tensor, copy_weight: Tensor) -> Ten
     return torch.logaddexp(from_model, from_copy)
 
 
-def without_lifelong(recent: Stream, mid: Stream, config: GemsConfig) -> History:
-    """Streams of users whose lifelong memory is empty."""
+def without_lifelong(recent: Stream, mid: Stream) -> History:
+    """Streams of users who have no lifelong memory."""
     batch, device = recent.item.shape[0], recent.item.device
     return History(
         recent,
         mid,
-        torch.zeros(batch, config.num_lifelong, config.lifelong_width, device=device),
-        torch.zeros(batch, config.num_lifelong, dtype=torch.bool, device=device),
+        torch.zeros(batch, NUM_ROWS, VALUE_WIDTH, device=device),
+        torch.zeros(batch, 1, dtype=torch.int64, device=device),
     )
 
 

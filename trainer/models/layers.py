@@ -18,11 +18,13 @@ class Memory(NamedTuple):
 
     Attributes:
         mask_B1QN: True where a query may look; Q is 1 where all queries may look alike.
+        index_key_BNX: Keys of the indexer (indexer.py); None where attention is always full.
     """
 
     key_BHNE: Tensor
     value_BHNE: Tensor
     mask_B1QN: Tensor
+    index_key_BNX: Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -39,14 +41,14 @@ class Attention(nn.Module):
         """Project keys and values; the mask is [B, Q, N] or [B, 1, N]."""
         key_value: Tensor = self.key_value(source_BND)
         key, value = key_value.chunk(2, dim=-1)
-        return Memory(self._split(key), self._split(value), mask_BQN.unsqueeze(1))
+        return Memory(self.split(key), self.split(value), mask_BQN.unsqueeze(1))
 
     def forward(self, query_BQD: Tensor, memory: Memory) -> Tensor:
         """Answer [B, Q, D]."""
         seen_B1Q1 = memory.mask_B1QN.any(dim=-1, keepdim=True)
         # A query without any valid key looks everywhere to stay finite, and is zeroed below.
         answer = functional.scaled_dot_product_attention(
-            self._split(self.query(query_BQD)),
+            self.split(self.query(query_BQD)),
             memory.key_BHNE,
             memory.value_BHNE,
             attn_mask=memory.mask_B1QN | ~seen_B1Q1,
@@ -54,7 +56,8 @@ class Attention(nn.Module):
         merged: Tensor = self.out((answer * seen_B1Q1).transpose(1, 2).flatten(2))
         return merged
 
-    def _split(self, flat_BND: Tensor) -> Tensor:
+    def split(self, flat_BND: Tensor) -> Tensor:
+        """Heads apart [B, H, N, E]."""
         batch, num_rows, width = flat_BND.shape
         heads = (batch, num_rows, self.num_heads, width // self.num_heads)
         return flat_BND.view(heads).transpose(1, 2)
@@ -73,6 +76,41 @@ class FeedForward(nn.Module):
         """Same shape as the input."""
         down: Tensor = self.down(functional.silu(self.up(self.norm(x))))
         return down
+
+
+class StreamTokens(NamedTuple):
+    """Encoded events of one stream and which of them are real."""
+
+    tokens_BND: Tensor
+    mask_BN: Tensor
+
+
+class Branch(nn.Module):
+    """Cross-attention to one stream with its own feed-forward layer."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width)
+        self.norm_memory = nn.RMSNorm(width)
+        self.attention = Attention(width, num_heads)
+        self.feed_forward = FeedForward(width)
+
+    def remember(self, stream: StreamTokens) -> Memory:
+        """Keys and values of the stream."""
+        return self.attention.remember(
+            self.norm_memory(stream.tokens_BND), stream.mask_BN.unsqueeze(1)
+        )
+
+    def read(self, query_BQD: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        """The answer [B, Q, D] and a loss of the branch's own, here always 0."""
+        return self.attention(query_BQD, memory), query_BQD.new_zeros(())
+
+    def forward(self, x_BQD: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        """The state after this stream alone was read [B, Q, D], and the branch's own loss."""
+        answer_BQD, loss = self.read(self.norm(x_BQD), memory)
+        x_BQD = x_BQD + answer_BQD
+        changed: Tensor = x_BQD + self.feed_forward(x_BQD)
+        return changed, loss
 
 
 class EncoderLayer(nn.Module):

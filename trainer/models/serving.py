@@ -1,7 +1,7 @@
 """The exported form of GEMs: raw features in, item ids and scores out.
 
-Legend: B users, R recent events, M mid-term events, S lifelong slots, X excluded items, V items of
-the vocabulary, K items returned.
+Legend: B users, R recent events, M mid-term events, X excluded items, V items of the
+vocabulary, K items returned.
 """
 
 from typing import NamedTuple
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.batches import Stream
+from trainer.batches import PADDING, Stream
 from trainer.models.beam import BEAM_WIDTH, K_MAX, generate
-from trainer.models.gems import Gems, GemsConfig, History
+from trainer.models.config import GemsConfig
+from trainer.models.gems import Gems, History
+from trainer.models.lifelong import NUM_ROWS, VALUE_WIDTH, index_of
 from trainer.vocabulary import Vocabulary
 
-# An item id of -1 is padding, in streams, in the exclusion list and in answers. Real ids are >= 0.
-PADDING = -1
 # Items a request may exclude by name: all of a user's recent and mid-term events fit.
 NUM_EXCLUDED = 512
 
@@ -40,8 +40,8 @@ def input_signature(config: GemsConfig, *, num_items: int) -> list[Tensors]:
     ]
     return [
         *streams,
-        Tensors("lifelong", torch.float32, (config.num_lifelong, config.lifelong_width)),
-        Tensors("lifelong_mask", torch.bool, (config.num_lifelong,)),
+        Tensors("lifelong", torch.float32, (NUM_ROWS, VALUE_WIDTH)),
+        Tensors("lifelong_count", torch.int64, (1,)),
         Tensors("exclude_item", torch.int64, (NUM_EXCLUDED,)),
         Tensors("available", torch.bool, (num_items,)),
     ]
@@ -56,6 +56,20 @@ def output_signature() -> list[Tensors]:
     ]
 
 
+def compressor_input_signature() -> list[Tensors]:
+    """The inputs of `Compressor.forward`, in order; -1 stands for any number of events."""
+    names = ("item", "action", "domain", "dwell_ms", "event_time_ms")
+    return [Tensors(name, torch.int64, (-1,)) for name in names]
+
+
+def compressor_output_signature() -> list[Tensors]:
+    """The outputs of `Compressor.forward`, in order."""
+    return [
+        Tensors("state", torch.float32, (NUM_ROWS, VALUE_WIDTH)),
+        Tensors("count", torch.int64, (1,)),
+    ]
+
+
 class GemsServing(nn.Module):
     """Maps raw ids inside the graph, so that serving passes features as they are stored."""
 
@@ -66,7 +80,7 @@ class GemsServing(nn.Module):
         self, model: Gems, vocabulary: Vocabulary, *, beam_width: int = BEAM_WIDTH
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model = model.for_serving()
         self.beam_width = beam_width
         self.register_buffer("item_ids_V", torch.from_numpy(vocabulary.item_ids_V))
         self.register_buffer("domain_ids", torch.from_numpy(vocabulary.domain_ids))
@@ -84,7 +98,7 @@ class GemsServing(nn.Module):
         mid_action: Tensor,
         mid_dwell_ms: Tensor,
         lifelong: Tensor,
-        lifelong_mask: Tensor,
+        lifelong_count: Tensor,
         exclude_item: Tensor,
         available: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,6 +108,9 @@ class GemsServing(nn.Module):
             recent_item: [B, R] ids, newest last, PADDING in front.
             recent_age_ms: [B, R] time of the newest event minus event time.
             recent_domain: [B, R] 64-bit domain hashes, their bits read as int64.
+            mid_item: [B, M] likewise, the events before these; M may differ between calls.
+            lifelong: [B, 64, 64] state of the events before those, zeros without one.
+            lifelong_count: [B, 1] number of events in it.
             available: [V] by place in the vocabulary; a withdrawn item is False.
             exclude_item: [B, X] ids that must not be returned, PADDING elsewhere.
 
@@ -105,7 +122,7 @@ class GemsServing(nn.Module):
             recent_item, recent_age_ms, recent_domain, recent_action, recent_dwell_ms
         )
         mid = self._stream(mid_item, mid_age_ms, mid_domain, mid_action, mid_dwell_ms)
-        reading = self.model.read(History(recent, mid, lifelong, lifelong_mask))
+        reading = self.model.read(History(recent, mid, lifelong, lifelong_count))
         allowed_BI = self._allowed(available, exclude_item)
         item, score = generate(self.model, reading, allowed_BI, beam_width=self.beam_width)
         item_id = functional.pad(self.item_ids_V, (1, 0), value=PADDING)[item]
@@ -116,9 +133,9 @@ class GemsServing(nn.Module):
     ) -> Stream:
         mask = item != PADDING
         return Stream(
-            item=_index_of(self.item_ids_V, item),
+            item=index_of(self.item_ids_V, item),
             age_ms=age_ms * mask,
-            domain=_index_of(self.domain_ids, domain) * mask,
+            domain=index_of(self.domain_ids, domain) * mask,
             action=action * mask,
             dwell_ms=dwell_ms * mask,
             mask=mask,
@@ -126,12 +143,7 @@ class GemsServing(nn.Module):
 
     def _allowed(self, available_V: Tensor, exclude_BX: Tensor) -> Tensor:
         available_I = functional.pad(available_V, (1, 0))
-        excluded = _index_of(self.item_ids_V, exclude_BX)
+        excluded = index_of(self.item_ids_V, exclude_BX)
         allowed = available_I.unsqueeze(0).repeat(exclude_BX.shape[0], 1)
         return allowed.scatter(1, excluded, value=False)
 
-
-def _index_of(sorted_ids: Tensor, ids: Tensor) -> Tensor:
-    """Place of each id plus one, or 0; the torch twin of vocabulary.index_of."""
-    place = torch.searchsorted(sorted_ids, ids).clamp(max=sorted_ids.shape[0] - 1)
-    return torch.where(sorted_ids[place] == ids, place + 1, 0)

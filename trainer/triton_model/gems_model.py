@@ -53,7 +53,6 @@ class TritonPythonModel:
         withdrawn = _read(request, "withdrawn")
         inputs = {name: _read(request, name) for name in self.names if name != "available"}
         inputs["available"] = ~torch.isin(self.item_ids, withdrawn)
-        inputs["lifelong_mask"] = inputs["lifelong_mask"].bool()
         with torch.inference_mode():
             outputs = self.model(*(inputs[name] for name in self.names))
         return pb_utils.InferenceResponse(

@@ -1,0 +1,47 @@
+"""A small training as a process, to be killed, or to be started twice by torchrun.
+
+Usage: python -m tests.trainer.training_program WEIGHTS [CHECKPOINTS]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from tests.trainer.conftest import made_up_columns, small_model, small_training
+from trainer.dataset import EventLog
+from trainer.loop import Outputs
+from trainer.ranks import is_first_process
+from trainer.train import TrainConfig, Trained, train
+
+# So many that a kill at the first checkpoint comes long before the end.
+EPOCHS = 20.0
+CHECKPOINT_EVERY_STEPS = 3
+
+
+def settings(*, dropout: float, epochs: float = EPOCHS) -> TrainConfig:
+    return small_training(epochs=epochs, model=small_model(dropout=dropout))
+
+
+def run(config: TrainConfig, outputs: Outputs) -> Trained:
+    return train(EventLog.from_columns(made_up_columns(seed=3)), config, outputs)
+
+
+def save(trained: Trained, path: Path) -> None:
+    metadata = {"losses": json.dumps(trained.fitted.losses)}
+    save_file(trained.model.state_dict(), path, metadata=metadata)
+
+
+if __name__ == "__main__":
+    weights, *checkpoints = sys.argv[1:]
+    outputs = Outputs(
+        checkpoints=Path(checkpoints[0]) if checkpoints else None,
+        checkpoint_every_steps=CHECKPOINT_EVERY_STEPS,
+    )
+    # Dropout differs between the ranks, whose common loss is to be that of one process.
+    result = run(
+        settings(dropout=0.1) if checkpoints else settings(dropout=0.0, epochs=2.0), outputs
+    )
+    if is_first_process():
+        save(result, Path(weights))
