@@ -1,10 +1,10 @@
-"""Made-up users with an interest that is older than the mid-term stream and returns twice.
+"""Made-up users with an interest that is older than the mid-term stream and returns.
 
 A user begins with `OLD_EVENTS` events on the items of one interest. Then come baskets of items
 drawn evenly from those that belong to no interest, more of them than recent and mid-term stream
-hold, and after these one basket of the old interest: the marked label. The same once more, so that
-some returns fall before the split, where a model can learn that old interests return, and some
-after it. When a basket comes and how large it is says nothing about what is in it.
+hold, and after these one basket of the old interest: the marked label. The same `NUM_RETURNS`
+times, so that most returns fall before the split, where a model can learn that old interests
+return. One basket in nine is a return, and nothing before it says that it is one.
 
 The control differs in one thing: the basket that returns is of an interest drawn anew among all
 interests, so that nobody's past says which.
@@ -23,7 +23,7 @@ from features.config import DEFAULT_ACTIONS
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-NUM_USERS: Final = 600
+NUM_USERS: Final = 300
 NUM_INTERESTS: Final = 40
 ITEMS_PER_INTEREST: Final = 24
 NUM_OTHER_ITEMS: Final = 1_200
@@ -31,12 +31,13 @@ OLD_EVENTS: Final = 96
 # Longer than recent stream, mid-term stream and one chunk together: nothing of it is in either.
 EVENTS_BETWEEN: Final = 640
 BASKET: Final = 16
-NUM_RETURNS: Final = 2
+OTHER_BASKET: Final = 80
+NUM_RETURNS: Final = 4
 DAY_MS: Final = 86_400_000
 START_MS: Final = 1_700_000_000_000
-# Users begin within so many days, and a basket comes a day on average: a user's returns stand about
-# 45 and 85 days after the beginning.
-BEGIN_WITHIN_DAYS: Final = 60.0
+# Users begin within so many days, and a basket comes a day on average: the last return stands about
+# 42 days after the beginning.
+BEGIN_WITHIN_DAYS: Final = 30.0
 
 
 def planted_columns(*, seed: int, is_planted: bool) -> dict[str, NDArray[Any]]:
@@ -52,18 +53,19 @@ def _one_user(user: int, rng: np.random.Generator, *, is_planted: bool) -> dict[
     interest = int(rng.integers(NUM_INTERESTS))
     baskets = [(_of(interest, rng), False) for _ in range(OLD_EVENTS // BASKET)]
     for _ in range(NUM_RETURNS):
-        baskets += [(_others(rng), False) for _ in range(EVENTS_BETWEEN // BASKET)]
+        baskets += [(_others(rng), False) for _ in range(EVENTS_BETWEEN // OTHER_BASKET)]
         # The control draws too, so that both logs are alike up to the items of the returns.
         other = int(rng.integers(NUM_INTERESTS))
         baskets.append((_of(interest if is_planted else other, rng), True))
     gaps = rng.exponential(DAY_MS, len(baskets))
     times = START_MS + rng.uniform(0, BEGIN_WITHIN_DAYS * DAY_MS) + np.cumsum(gaps)
     item = np.concatenate([items for items, _ in baskets])
-    returned = np.repeat([is_return for _, is_return in baskets], BASKET)
+    sizes = [len(items) for items, _ in baskets]
+    returned = np.repeat([is_return for _, is_return in baskets], sizes)
     return {
         "user_id": np.full(len(item), user + 1, np.int64),
         "item_id": item,
-        "event_time_ms": np.repeat(times.astype(np.int64), BASKET),
+        "event_time_ms": np.repeat(times.astype(np.int64), sizes),
         "ordinal": np.arange(len(item)),
         "value": np.where(returned, 1.0, np.nan).astype(np.float32),
     }
@@ -76,4 +78,4 @@ def _of(interest: int, rng: np.random.Generator) -> NDArray[np.int64]:
 
 def _others(rng: np.random.Generator) -> NDArray[np.int64]:
     first = NUM_INTERESTS * ITEMS_PER_INTEREST + 1
-    return (first + rng.choice(NUM_OTHER_ITEMS, BASKET, replace=False)).astype(np.int64)
+    return (first + rng.choice(NUM_OTHER_ITEMS, OTHER_BASKET, replace=False)).astype(np.int64)

@@ -9,8 +9,9 @@ Legend: G labels, V items a model knows, E width of an item vector.
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -29,8 +30,9 @@ from trainer.batches import NUM_TARGETS, Batch, BatchSource, LabelExamples
 from trainer.dataset import LabelGroups, newest
 from trainer.evaluate import Ranker
 from trainer.item_vectors import co_occurrence_vectors, with_domains
-from trainer.loop import Fitted, Learner, LoopConfig, fit, prepare_torch
-from trainer.models.gems import Gems, GemsConfig
+from trainer.loop import Fitted, Learner, LoopConfig, Stage, fit, prepare_torch
+from trainer.models.config import GemsConfig
+from trainer.models.gems import Gems
 from trainer.models.gru4rec import Gru4Rec
 from trainer.models.hstu import Hstu
 from trainer.models.sasrec import SasRec
@@ -49,11 +51,8 @@ from trainer.streaming_evaluation import (
     places,
     rank_all,
 )
-from trainer.train import GemsLearner, TrainConfig, new_model
+from trainer.train import GemsLearner, TrainConfig, new_model, training_stages
 from trainer.vocabulary import Vocabulary, item_counts
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 SEQUENCE_MODELS: dict[str, type[SequenceModel]] = {
     "gru4rec": Gru4Rec,
@@ -213,13 +212,22 @@ class Contest:
             self.vocabulary,
             num_recent=config.num_recent,
             num_mid=config.num_mid,
+            num_older=config.num_older_read,
         )
         scored = gems_ranker(model, source, self._naming())
-        fitted = self._fit(GemsLearner(model), source, scored, rival.base)
+        fitted = self._fit(
+            GemsLearner(model), source, scored, rival.base, stages=training_stages(model)
+        )
         return Entry(lists_of(scored), scored, fitted, self._contribution(model, source))
 
     def _fit(
-        self, learner: Learner[Batch], source: BatchSource, scored: ScoredRanker, name: str
+        self,
+        learner: Learner[Batch],
+        source: BatchSource,
+        scored: ScoredRanker,
+        name: str,
+        *,
+        stages: Sequence[Stage] = (),
     ) -> Fitted:
         """Train until the budget is spent or the tuning window sees no progress."""
         targets = Targets.of(self.source, self.task.tune)
@@ -233,6 +241,7 @@ class Contest:
             LabelExamples(source, self.labels, self.budget.num_targets),
             self.budget.loop(self.seed),
             name=name,
+            stages=stages,
             judge=judge,
         )
 

@@ -107,9 +107,7 @@ def exported_compressor(compressor: Compressor) -> ExportedProgram:
     batch = Dim("batch", min=1, max=MAX_BATCH)
     events = Dim("events", min=1, max=MAX_FOLDED)
     inputs = compressor_input_signature()
-    example = tuple(
-        torch.zeros(EXAMPLE_BATCH, EXAMPLE_EVENTS, dtype=spec.dtype) for spec in inputs
-    )
+    example = tuple(torch.zeros(EXAMPLE_BATCH, EXAMPLE_EVENTS, dtype=spec.dtype) for spec in inputs)
     with torch.no_grad():
         return torch.export.export(
             compressor.eval(), example, dynamic_shapes=tuple({0: batch, 1: events} for _ in inputs)

@@ -18,9 +18,8 @@ from trainer.batches import BatchSource, Stream
 from trainer.dataset import Int64s, LabelGroups
 from trainer.evaluate import Ranker
 from trainer.models.beam import BEAM_WIDTH, generate
-from trainer.models.gems import Gems, Reading, without_lifelong
+from trainer.models.gems import Gems, Reading
 from trainer.models.sequence import SequenceModel
-from trainer.models.tiger import Tiger
 from trainer.streaming_evaluation import LIST_LENGTH
 from trainer.vocabulary import UNKNOWN, Vocabulary
 
@@ -86,9 +85,7 @@ def gems_ranker(model: Gems, source: BatchSource, naming: Naming) -> ScoredRanke
 def reading_of(model: Gems, source: BatchSource, groups: LabelGroups) -> Reading:
     """What the model reads of the users at their labels."""
     recent, mid = streams_of(source, groups)
-    if isinstance(model, Tiger):
-        return model.read_one(recent, mid)
-    return model.read(without_lifelong(recent, mid, model.config))
+    return model.read(model.history(recent, mid, source.older(groups)))
 
 
 def streams_of(source: BatchSource, groups: LabelGroups) -> tuple[Stream, Stream]:

@@ -39,7 +39,9 @@ class BlockOutput(NamedTuple):
     index_loss: Tensor
 
 
-def fuse(x_BQD: Tensor, read_SBQD: Tensor, present_SB11: Tensor, *, fusion: ParameterFree) -> Tensor:
+def fuse(
+    x_BQD: Tensor, read_SBQD: Tensor, present_SB11: Tensor, *, fusion: ParameterFree
+) -> Tensor:
     """Join the branches; an absent stream adds exactly nothing.
 
     `sum` is the paper's, which multiplies the residual by the number of streams at each block;

@@ -145,9 +145,7 @@ class Gems(nn.Module):
         self.begin_D = nn.Parameter(INITIAL_SPREAD * torch.randn(width))
         self.tokens = nn.ModuleList(_codes(size, width) for size in semantic_ids.sizes[:2])
         self.blocks = nn.ModuleList(
-            DecoderBlock(
-                width, config.num_heads, fusion=config.fusion, indexer=config.used_indexer
-            )
+            DecoderBlock(width, config.num_heads, fusion=config.fusion, indexer=config.used_indexer)
             for _ in range(config.num_blocks)
         )
         self.dropout = nn.Dropout(config.dropout)

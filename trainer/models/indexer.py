@@ -103,9 +103,7 @@ class IndexedBranch(Branch):
         with torch.no_grad():
             teacher_BQN = summed_logits(self.attention, query_BQD, memory)
         mask_B1N = memory.mask_B1QN[:, 0]
-        return divergence(
-            score_BQN, teacher_BQN, mask_B1N, direction=self.indexer.config.direction
-        )
+        return divergence(score_BQN, teacher_BQN, mask_B1N, direction=self.indexer.config.direction)
 
 
 def summed_logits(attention: Attention, query_BQD: Tensor, memory: Memory) -> Tensor:

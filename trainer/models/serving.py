@@ -146,4 +146,3 @@ class GemsServing(nn.Module):
         excluded = index_of(self.item_ids_V, exclude_BX)
         allowed = available_I.unsqueeze(0).repeat(exclude_BX.shape[0], 1)
         return allowed.scatter(1, excluded, value=False)
-

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.batches import Batch, Stream
+from trainer.batches import OldEvents, Stream
+from trainer.models.config import GemsConfig
 from trainer.models.events import INITIAL_SPREAD, EventEncoder
-from trainer.models.gems import Gems, GemsConfig, Reading, without_lifelong
+from trainer.models.gems import Gems, History
 from trainer.models.sequence import joined
 from trainer.models.trie import ItemTrie
 from trainer.semantic_ids import SemanticIds
@@ -54,7 +55,9 @@ class Tiger(Gems):
         item_vectors_VE: Tensor,
         item_counts_V: Tensor,
     ) -> None:
-        plain = dataclasses.replace(config, copy="off", prior="off", leaf="codes")
+        plain = dataclasses.replace(
+            config, streams=("recent",), copy="off", prior="off", leaf="codes"
+        )
         super().__init__(
             plain,
             semantic_ids,
@@ -64,15 +67,11 @@ class Tiger(Gems):
         )
         self.events = CodeEncoder(width=plain.width, sizes=semantic_ids.sizes)
 
-    def read_one(self, recent: Stream, mid: Stream) -> Reading:
-        """Read both streams as one; the other two stay empty."""
+    def history(self, recent: Stream, mid: Stream, older: OldEvents | None) -> History:
+        """Both streams as one; what is older is not read."""
+        del older
         stream = joined(recent, mid)
-        return self.read(without_lifelong(stream, _empty(stream), self.config))
-
-    def log_likelihood(self, batch: Batch) -> Tensor:
-        """Log-probability of each target [B, T]; what is returned for target 0 means nothing."""
-        stream = joined(batch.recent, batch.mid)
-        return super().log_likelihood(Batch(stream, _empty(stream), batch.targets_BT))
+        return super().history(stream, _empty(stream), None)
 
 
 def _empty(stream: Stream) -> Stream:
