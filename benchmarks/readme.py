@@ -50,6 +50,17 @@ ROWS: Final = {
         ("bytes_per_user", "bytes of Redis per user that has events"),
         ("worker_mb", "resident memory of the worker (MB)"),
     ),
+    "bench-train": (
+        (
+            "tokens_per_s",
+            "events/s read by a training step of GEMs, update of the weights included",
+        ),
+        ("stock_tokens_per_s", "events/s of the same model with torch.nn.MultiheadAttention"),
+        ("padded_tokens_per_s", "events/s without batches of similar length"),
+        ("device", "measured on"),
+        ("mfu", "share of the peak that the model's arithmetic uses"),
+        ("peak_tflops", "that peak, a large matrix product on the same device (TFLOP/s)"),
+    ),
     "bench-pit": (
         ("rows_per_s", "rows/s of a training set, the newest event as of each row"),
         ("peak_mb", "peak memory of that process (MB)"),
@@ -128,9 +139,11 @@ def block(name: str) -> str:
     return "\n".join([*lines, "<!-- /figures -->"])
 
 
-def _shown(value: float | bool) -> str:  # noqa: FBT001 - a figure can be a verdict
+def _shown(value: float | bool | str) -> str:  # noqa: FBT001 - a figure can be a verdict
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, str):
+        return value
     return f"{value:,}"
 
 

@@ -220,6 +220,7 @@ class Demo:
             budget_s=self.options.train_budget_s, epochs=self.options.train_epochs, seed=SEED
         )
         result = train_package(self.settings, request)
+        assert result is not None, "a demo is one process"
         self.figures |= {name: round(value, 4) for name, value in result.metrics.items()}
         self.console.print(f"trained, judged and exported in {result.seconds:.0f} s")
         self.console.print(quality_table(result.metrics))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     BaseModel,
@@ -111,6 +111,16 @@ class StateSettings(_Section):
     stream_actions: list[str] = Field(default_factory=lambda: list(DEFAULT_ACTIONS[1:]))
 
 
+class TrainingSettings(_Section):
+    """Where and how `moveline train` computes, and what it leaves besides the package."""
+
+    device: Literal["cpu", "cuda", "auto"] = "cpu"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    checkpoints: Path = Path("checkpoints")
+    checkpoint_every_steps: int = Field(default=500, ge=1)
+    tensorboard: Path | None = None
+
+
 class Settings(BaseSettings):
     """Everything a command needs to know of its surroundings."""
 
@@ -129,6 +139,7 @@ class Settings(BaseSettings):
     worker: WorkerSettings = Field(default_factory=WorkerSettings)
     feature_log: FeatureLogSettings = Field(default_factory=FeatureLogSettings)
     state: StateSettings = Field(default_factory=StateSettings)
+    training: TrainingSettings = Field(default_factory=TrainingSettings)
     model_repository: Path = Path("model_repo")
     models: Path = Path("models")
     run_dir: Path = RUN_DIR
@@ -163,6 +174,9 @@ class Settings(BaseSettings):
         super().model_post_init(context)
         if "path" not in self.lake.model_fields_set:
             self.lake = self.lake.model_copy(update={"path": self.run_dir / "lake"})
+        if "checkpoints" not in self.training.model_fields_set:
+            place = {"checkpoints": self.run_dir / "checkpoints"}
+            self.training = self.training.model_copy(update=place)
         if "models" not in self.model_fields_set:
             self.models = self.run_dir / "models"
 

@@ -11,22 +11,22 @@ import numpy as np
 from compose.cli.options import kafka_of, stores_of
 from compose.errors import ComposeError
 from compose.serving import flip
-from features import lake
+from compose.training_log import read_log, remove_traces, training_log
 from features.clock import now_ms
 from features.errors import SchemaMismatchError
-from features.generations import start_field
 from features.redis import CatalogueStore, Trending, connect
 from features.schema import schema_hash
 from scoring.signature import K_MAX, RETRIEVAL_MODEL
 from scoring.triton import TritonServer
 from trainer.baselines import own_frequency, popularity, recency_weighted
-from trainer.dataset import EventLog, label_groups
+from trainer.dataset import label_groups
 from trainer.evaluate import held_out_groups, judge, model_ranker
 from trainer.export import MANIFEST_FILE, Provenance, export, verify
-from trainer.loop import LoopConfig
+from trainer.loop import LoopConfig, Outputs
 from trainer.models.gems import GemsConfig
 from trainer.package import Package
 from trainer.publish import publish
+from trainer.ranks import joined
 from trainer.train import TrainConfig
 from trainer.train import train as train_model
 
@@ -52,6 +52,7 @@ class TrainRequest:
     epochs: float
     seed: int = 1
     num_threads: int = 2
+    resume: bool = False
     out: Path | None = None
 
 
@@ -74,8 +75,8 @@ class Live:
     live_s: float
 
 
-def train_package(settings: Settings, request: TrainRequest) -> TrainResult:
-    """Return a judged and exported package.
+def train_package(settings: Settings, request: TrainRequest) -> TrainResult | None:
+    """Return a judged and exported package; None on all but the first process of torchrun.
 
     Raises:
         LakeError: no event log, or an unreadable one.
@@ -83,9 +84,15 @@ def train_package(settings: Settings, request: TrainRequest) -> TrainResult:
     """
     started = time.monotonic()
     config = stores_of(settings)[0].config
-    window_from, window_to = _window(settings)
-    log = EventLog.from_columns(_accepted_events(settings, config))
-    trained = train_model(log, _train_config(request, config))
+    with joined(settings.training.device) as ranks:
+        events = training_log(settings, config, ranks, resume=request.resume)
+        trained = train_model(
+            events.log,
+            _train_config(settings, request, config),
+            _outputs(settings, resume=request.resume),
+        )
+    if not ranks.is_first:
+        return None
     ranker = model_ranker(trained.model, trained.source)
     metrics = measure(trained.source, ranker, split_ms=trained.split_ms, seed=request.seed)
     created_ms = now_ms()
@@ -96,37 +103,26 @@ def train_package(settings: Settings, request: TrainRequest) -> TrainResult:
         Provenance(
             name=RETRIEVAL_MODEL,
             created_ms=created_ms,
-            window_from=window_from,
-            window_to=window_to,
+            window_from=events.window_from,
+            window_to=events.window_to,
             feature_schema_hash=schema_hash(config),
             metrics=metrics,
         ),
     )
+    remove_traces(settings)
     return TrainResult(package, metrics, time.monotonic() - started)
 
 
-def _window(settings: Settings) -> tuple[dict[str, int], dict[str, int]]:
-    """Return the first and the last offset of each partition in the lake."""
-    _, topics = kafka_of(settings)
-    root = settings.lake.path
-    files = [
-        (start_field(source, file.partition), file)
-        for source, name in enumerate(lake.log_topics(root, topics.events))
-        for file in lake.list_files(root, name)
-    ]
-    return (
-        {field: file.start for field, file in reversed(files)},
-        {field: file.end for field, file in files},
+def _outputs(settings: Settings, *, resume: bool) -> Outputs:
+    return Outputs(
+        checkpoints=settings.training.checkpoints,
+        checkpoint_every_steps=settings.training.checkpoint_every_steps,
+        resume=resume,
+        tensorboard=settings.training.tensorboard,
     )
 
 
-def _accepted_events(settings: Settings, config: StateConfig) -> dict[str, lake.Column]:
-    """Return the lake's events as the generation's rules take them."""
-    _, topics = kafka_of(settings)
-    return lake.read_accepted(settings.lake.path, topics.events, config)
-
-
-def _train_config(request: TrainRequest, config: StateConfig) -> TrainConfig:
+def _train_config(settings: Settings, request: TrainRequest, config: StateConfig) -> TrainConfig:
     return TrainConfig(
         model=GemsConfig(num_recent=config.recent, num_mid=config.mid),
         loop=LoopConfig(
@@ -134,6 +130,8 @@ def _train_config(request: TrainRequest, config: StateConfig) -> TrainConfig:
             epochs=request.epochs,
             seed=request.seed,
             num_threads=request.num_threads,
+            device=settings.training.device,
+            precision=settings.training.precision,
         ),
     )
 
@@ -146,7 +144,7 @@ def evaluate_package(settings: Settings, package: Path, *, seed: int) -> dict[st
         TrainerError: the package is damaged, or nothing came after its split.
     """
     loaded = Package.load(package)
-    log = EventLog.from_columns(_accepted_events(settings, stores_of(settings)[0].config))
+    log = read_log(settings, stores_of(settings)[0].config)
     source = loaded.source(log)
     split_ms = int(loaded.manifest["split_ms"])
     return measure(source, loaded.ranker(source), split_ms=split_ms, seed=seed)
@@ -223,9 +221,9 @@ _TRENDING_MS = 7 * 86_400_000
 
 def read_trending(settings: Settings) -> Trending:
     """Return the items most used in the log's newest week, with their share of its events."""
-    columns = _accepted_events(settings, stores_of(settings)[0].config)
-    newest = columns["event_time_ms"] >= columns["event_time_ms"].max() - _TRENDING_MS
-    items, counts = np.unique(columns["item_id"][newest], return_counts=True)
+    log = read_log(settings, stores_of(settings)[0].config)
+    newest = log.event_time_ms_N >= log.event_time_ms_N.max() - _TRENDING_MS
+    items, counts = np.unique(log.item_id_N[newest], return_counts=True)
     order = np.argsort(-counts, kind="stable")[:K_MAX]
     return Trending(
         tuple(items[order].tolist()), tuple((counts[order] / counts.sum()).round(6).tolist())

@@ -224,8 +224,8 @@ class _Run(Generic[BatchT]):
         self.optimiser = torch.optim.AdamW(
             _parameter_groups(learner, config), fused=True, betas=(0.9, 0.98)
         )
-        # A stage may leave parts of a model out.
-        self.mean_loss = ranks.synchronised(_Loss(learner), may_skip=bool(stages))
+        may_skip = ranks.num_ranks > 1 and (bool(stages) or self._skips_parameters())
+        self.mean_loss = ranks.synchronised(_Loss(learner), may_skip=may_skip)
 
     def order(self, epoch: int) -> list[Int64s]:
         """The batches of a pass, the same on every rank."""
@@ -239,6 +239,14 @@ class _Run(Generic[BatchT]):
         is_spare = len(part) == 0
         batch = self.examples.batch(chosen[:1] if is_spare else part, rng)
         return _on(batch, self.ranks.device), is_spare
+
+    def _skips_parameters(self) -> bool:
+        """Whether the model as it is leaves parameters out: a switch may have turned them off."""
+        batch, _ = self.batch(self.order(0)[0], 0)
+        torch.autograd.backward(self.learner.loss(batch))
+        skips = any(p.grad is None for p in self.parameters)
+        self.optimiser.zero_grad(set_to_none=True)
+        return self.ranks.sums(float(skips))[0] > 0
 
     def done(self, step: int, late: float) -> float:
         """Share of the training that is over, by steps or by time, whichever is further."""

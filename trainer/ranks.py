@@ -31,7 +31,7 @@ class Ranks:
 
         Args:
             module: Equal on all ranks.
-            may_skip: Whether a pass may leave parameters out.
+            may_skip: Whether a pass may leave parameters out; to find them costs time.
         """
         if self.num_ranks == 1:
             return module
@@ -67,6 +67,8 @@ class Ranks:
 def joined(device: Literal["cpu", "cuda", "auto"]) -> Iterator[Ranks]:
     """Yield this process' place; torchrun says by its environment that there are others.
 
+    Inside another `joined` it yields the same place.
+
     Raises:
         DeviceError: There is no GPU, and one was asked for.
     """
@@ -74,6 +76,9 @@ def joined(device: Literal["cpu", "cuda", "auto"]) -> Iterator[Ranks]:
     chosen = chosen_device(device)
     if num_ranks == 1:
         yield Ranks(chosen)
+        return
+    if distributed.is_initialized():
+        yield Ranks(chosen, distributed.get_rank(), num_ranks)
         return
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     distributed.init_process_group(backend)

@@ -63,10 +63,9 @@ class RunLog:
                 SummaryWriter,
             )
 
-            # What an interrupted run wrote after its last checkpoint is hidden.
-            self._writer = SummaryWriter(
-                str(self._folder / self._name), purge_step=done + 1 if done else None
-            )
+            # A folder shows one run: steps of an earlier one, or those that an interrupted run
+            # made after its last checkpoint, are hidden.
+            self._writer = SummaryWriter(str(self._folder / self._name), purge_step=done + 1)
 
     def step(self, position: Position, *, loss: float, rate: float, norm: float) -> None:
         """Show a step that was done."""

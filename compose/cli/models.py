@@ -36,7 +36,24 @@ def train(
     budget: Annotated[float, typer.Option(help="Seconds of training at most.")] = 120.0,
     epochs: Annotated[float, typer.Option(help="Passes over the label groups.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal weights.")] = 1,
-    threads: Annotated[int, typer.Option(help="CPU threads of torch.")] = 2,
+    threads: Annotated[int, typer.Option(help="CPU threads of torch, of each process.")] = 2,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or auto [MOVELINE_TRAINING__DEVICE].")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32 or bf16 [MOVELINE_TRAINING__PRECISION].")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the checkpoint, if there is one.")
+    ] = False,
+    checkpoints: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the checkpoint [MOVELINE_TRAINING__CHECKPOINTS]."),
+    ] = None,
+    tensorboard: Annotated[
+        Path | None,
+        typer.Option(help="Folder of TensorBoard's event files [MOVELINE_TRAINING__TENSORBOARD]."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the package to write.")] = None,
     lake: options.Lake = None,
     generation: options.Generation = None,
@@ -47,14 +64,32 @@ def train(
 
     The last 15% of the time span is held out. The package holds weights, ids and a manifest, and
     no pickle. `moveline publish` puts it into Triton.
+
+    A run that was killed goes on with the same command and --resume, and ends in the same weights.
+    Several processes or GPUs: `torchrun --nproc-per-node 2 -m compose.cli train ...`.
     """
     from compose.training import TrainRequest, train_package
 
-    settings = options.settings_of(config, lake=lake, generation=generation, redis=redis)
+    settings = options.settings_of(
+        config,
+        lake=lake,
+        generation=generation,
+        redis=redis,
+        training={
+            "device": device,
+            "precision": precision,
+            "checkpoints": checkpoints,
+            "tensorboard": tensorboard,
+        },
+    )
     result = train_package(
         settings,
-        TrainRequest(budget_s=budget, epochs=epochs, seed=seed, num_threads=threads, out=out),
+        TrainRequest(
+            budget_s=budget, epochs=epochs, seed=seed, num_threads=threads, resume=resume, out=out
+        ),
     )
+    if result is None:
+        return
     Console().print(quality_table(result.metrics))
     Console(stderr=True).print(f"package: {result.package}. Next: `moveline publish`.")
 

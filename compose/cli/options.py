@@ -75,6 +75,7 @@ def settings_of(
     repository: Path | None = None,
     generation: str | None = None,
     run_dir: Path | None = None,
+    training: dict[str, object] | None = None,
 ) -> Settings:
     """Return the settings with a command's options on top."""
     return load_settings(
@@ -86,6 +87,7 @@ def settings_of(
         model_repository=repository,
         generation=generation,
         run_dir=run_dir,
+        training=training,
     )
 
 

@@ -203,7 +203,8 @@ def test_streams_are_cut_to_what_their_batch_needs_and_no_further() -> None:
     rng = np.random.default_rng(1)
     num_real = num_padded = num_spare = 0
     for chosen in length_batches(examples.lengths(), size=16, rng=rng):
-        recent, mid, _ = examples.batch(chosen, rng)
+        batch = examples.batch(chosen, rng)
+        recent, mid = batch.recent, batch.mid
         fixed_recent, fixed_mid = source.streams(groups.select(chosen))
         for cut, whole in ((recent, fixed_recent), (mid, fixed_mid)):
             width = cut.item.shape[1]

@@ -5,6 +5,7 @@ Usage: python -m tests.trainer.training_program WEIGHTS [CHECKPOINTS]
 
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from tests.trainer.conftest import made_up_columns, small_model, small_training
 from trainer.dataset import EventLog
 from trainer.loop import Outputs
+from trainer.models.gems import GemsConfig
 from trainer.ranks import is_first_process
 from trainer.train import TrainConfig, Trained, train
 
@@ -21,7 +23,8 @@ CHECKPOINT_EVERY_STEPS = 3
 
 
 def settings(*, dropout: float, epochs: float = EPOCHS) -> TrainConfig:
-    return small_training(epochs=epochs, model=small_model(dropout=dropout))
+    kinds = [one.name for one in fields(GemsConfig) if one.name.endswith("dropout")]
+    return small_training(epochs=epochs, model=small_model(**dict.fromkeys(kinds, dropout)))
 
 
 def run(config: TrainConfig, outputs: Outputs) -> Trained:
