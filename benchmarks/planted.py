@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 NUM_USERS: Final = 300
-NUM_INTERESTS: Final = 40
-ITEMS_PER_INTEREST: Final = 24
-NUM_OTHER_ITEMS: Final = 1_200
+NUM_INTERESTS: Final = 20
+ITEMS_PER_INTEREST: Final = 16
+NUM_OTHER_ITEMS: Final = 400
 OLD_EVENTS: Final = 96
 # Longer than recent stream, mid-term stream and one chunk together: nothing of it is in either.
 EVENTS_BETWEEN: Final = 640
-BASKET: Final = 16
+BASKET: Final = 12
 OTHER_BASKET: Final = 80
 NUM_RETURNS: Final = 4
 DAY_MS: Final = 86_400_000

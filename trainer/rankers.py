@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from trainer.baselines import seen_items
 from trainer.batches import BatchSource, Stream
@@ -99,5 +100,8 @@ def lists_of(rank: ScoredRanker) -> Ranker:
 
 
 def _named(naming: Naming, item_GK: Tensor, log_GK: Tensor) -> Scored:
-    item = item_GK.masked_fill(log_GK == -torch.inf, UNKNOWN).numpy()
-    return naming.catalogue_I[item], log_GK.exp().double().numpy()
+    item_GK = item_GK.masked_fill(log_GK == -torch.inf, UNKNOWN)
+    missing = max(0, LIST_LENGTH - item_GK.shape[1])
+    item = functional.pad(item_GK, (0, missing), value=UNKNOWN).numpy()
+    share = functional.pad(log_GK.exp().double(), (0, missing)).numpy()
+    return naming.catalogue_I[item], share
