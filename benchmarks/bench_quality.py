@@ -228,6 +228,7 @@ def request_of(arguments: argparse.Namespace) -> Request:
         num_seeds=arguments.seeds,
         budget=Budget(seconds=arguments.budget_s, label_share=share),
         sample=Sample(test_users=arguments.test_users),
+        folder=arguments.results,
     )
 
 
@@ -246,6 +247,7 @@ def parsed() -> argparse.Namespace:
         "--budget-s", type=float, default=Budget().seconds, help="seconds of training for each"
     )
     parser.add_argument("--test-users", type=int, default=Sample().test_users)
+    parser.add_argument("--results", type=Path, default=QUALITY, help="folder of the result files")
     found = parser.parse_args()
     named = () if found.models in {"default", "all"} else found.models.split(",")
     if unknown := set(named) - set(RIVALS):
