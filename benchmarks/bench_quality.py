@@ -119,7 +119,13 @@ def settings_of(request: Request, ground: Ground, rival: Rival, seed: int) -> di
         "revision": REVISION,
         "set": request.set_name,
         "protocol": request.protocol,
-        "rival": {"kind": rival.kind, "base": rival.base, "window": rival.window, **rival.changes},
+        "rival": {
+            "kind": rival.kind,
+            "base": rival.base,
+            "window": rival.window,
+            **rival.changes,
+            "sources": rival.sources,
+        },
         "seed": seed,
         "sample": dataclasses.asdict(request.sample),
         "budget": dataclasses.asdict(request.budget) if neural else None,
@@ -142,30 +148,35 @@ def run(request: Request) -> None:
         DataMissingError: The set is not there.
     """
     ground = Ground.of(request)
-    for model in request.models:
-        rival = RIVALS[model]
-        for seed in request.seeds(rival):
-            settings = settings_of(request, ground, rival, seed)
+    for seed in range(1, request.num_seeds + 1):
+        contest = _contest(request, ground, seed)
+        for model in request.models:
+            if seed not in request.seeds(RIVALS[model]):
+                continue
+            settings = settings_of(request, ground, RIVALS[model], seed)
             path = request.path(model, seed)
             if path.is_file() and json.loads(path.read_text())["hash"] == hash_of(settings):
                 CONSOLE.print(f"{model}, seed {seed}: there already")
                 continue
-            _write(path, _measured(request, ground, model, settings))
+            _write(path, _measured(request, ground, contest, model, settings))
 
 
-def _measured(
-    request: Request, ground: Ground, model: str, settings: dict[str, Any]
-) -> dict[str, Any]:
-    rival, seed = RIVALS[model], settings["seed"]
-    started = time.monotonic()
-    contest = Contest.of(
+def _contest(request: Request, ground: Ground, seed: int) -> Contest:
+    return Contest.of(
         ground.task,
         repeats=ground.data.repeats,
         half_life_ms=ground.data.half_life_ms,
         budget=request.budget,
         seed=seed,
     )
-    entry = contest.enter(rival)
+
+
+def _measured(
+    request: Request, ground: Ground, contest: Contest, model: str, settings: dict[str, Any]
+) -> dict[str, Any]:
+    seed = contest.seed
+    started = time.monotonic()
+    entry = contest.enter(model)
     ready_s = time.monotonic() - started
     judgement = judge_task(contest.source, ground.task, entry.rank, name=model)
     seconds = time.monotonic() - started
@@ -184,6 +195,7 @@ def _measured(
         **dataclasses.asdict(judgement),
         "training": _training(entry),
         "contribution": entry.contribution,
+        "weights": entry.weights,
         "seconds": round(seconds, 1),
         "commit": commit(),
         "machine": machine(),

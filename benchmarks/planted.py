@@ -4,7 +4,7 @@ A user begins with `OLD_EVENTS` events on the items of one interest. Then come b
 drawn evenly from those that belong to no interest, more of them than recent and mid-term stream
 hold, and after these one basket of the old interest: the marked label. The same `NUM_RETURNS`
 times, so that most returns fall before the split, where a model can learn that old interests
-return. One basket in nine is a return, and nothing before it says that it is one.
+return. One basket in eleven is a return, and nothing before it says that it is one.
 
 The control differs in one thing: the basket that returns is of an interest drawn anew among all
 interests, so that nobody's past says which.
@@ -23,20 +23,22 @@ from features.config import DEFAULT_ACTIONS
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-NUM_USERS: Final = 300
+NUM_USERS: Final = 500
 NUM_INTERESTS: Final = 20
 ITEMS_PER_INTEREST: Final = 16
 NUM_OTHER_ITEMS: Final = 400
-OLD_EVENTS: Final = 96
+# A quarter of what a user has done at the first return.
+OLD_EVENTS: Final = 240
+OLD_BASKET: Final = 60
 # Longer than recent stream, mid-term stream and one chunk together: nothing of it is in either.
 EVENTS_BETWEEN: Final = 640
 BASKET: Final = 12
 OTHER_BASKET: Final = 80
-NUM_RETURNS: Final = 4
+NUM_RETURNS: Final = 2
 DAY_MS: Final = 86_400_000
 START_MS: Final = 1_700_000_000_000
 # Users begin within so many days, and a basket comes a day on average: the last return stands about
-# 42 days after the beginning.
+# 22 days after the beginning.
 BEGIN_WITHIN_DAYS: Final = 30.0
 
 
@@ -51,7 +53,7 @@ def planted_columns(*, seed: int, is_planted: bool) -> dict[str, NDArray[Any]]:
 
 def _one_user(user: int, rng: np.random.Generator, *, is_planted: bool) -> dict[str, NDArray[Any]]:
     interest = int(rng.integers(NUM_INTERESTS))
-    baskets = [(_of(interest, rng), False) for _ in range(OLD_EVENTS // BASKET)]
+    baskets = [(_often(interest, rng), False) for _ in range(OLD_EVENTS // OLD_BASKET)]
     for _ in range(NUM_RETURNS):
         baskets += [(_others(rng), False) for _ in range(EVENTS_BETWEEN // OTHER_BASKET)]
         # The control draws too, so that both logs are alike up to the items of the returns.
@@ -73,6 +75,11 @@ def _one_user(user: int, rng: np.random.Generator, *, is_planted: bool) -> dict[
 
 def _of(interest: int, rng: np.random.Generator) -> NDArray[np.int64]:
     items = rng.choice(ITEMS_PER_INTEREST, BASKET, replace=False)
+    return (interest * ITEMS_PER_INTEREST + items + 1).astype(np.int64)
+
+
+def _often(interest: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    items = rng.integers(0, ITEMS_PER_INTEREST, OLD_BASKET)
     return (interest * ITEMS_PER_INTEREST + items + 1).astype(np.int64)
 
 

@@ -10,7 +10,7 @@ Legend: G labels, V items a model knows, E width of an item vector.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import numpy as np
@@ -20,15 +20,18 @@ from torch import Tensor
 from trainer.baselines import (
     DECAY,
     DECAY_WINDOW,
+    ScoredRanker,
     co_occurrence,
-    own_frequency,
+    lists_of,
     own_recency,
+    own_shares,
     popularity,
     recent_popularity,
 )
-from trainer.batches import NUM_TARGETS, Batch, BatchSource, LabelExamples
+from trainer.batches import NUM_TARGETS, Batch, BatchSource, LabelExamples, in_order
+from trainer.blend import blended, calibrated, target_shares
 from trainer.dataset import LabelGroups, newest
-from trainer.evaluate import Ranker
+from trainer.evaluate import BATCH_GROUPS, Ranker
 from trainer.item_vectors import co_occurrence_vectors, with_domains
 from trainer.loop import Fitted, Learner, LoopConfig, Stage, fit, prepare_torch
 from trainer.models.config import GemsConfig
@@ -39,8 +42,8 @@ from trainer.models.sasrec import SasRec
 from trainer.models.sequence import SequenceConfig, SequenceModel
 from trainer.models.tiger import Tiger
 from trainer.protocols import Task
-from trainer.rankers import Naming, ScoredRanker, gems_ranker, lists_of, reading_of, sequence_ranker
-from trainer.rivals import Rival
+from trainer.rankers import Naming, gems_ranker, reading_of, sequence_ranker
+from trainer.rivals import RIVALS, Rival
 from trainer.semantic_ids import CODE_SIZES, learn_semantic_ids
 from trainer.streaming_evaluation import (
     CUTS,
@@ -104,12 +107,14 @@ class Entry:
         scored: Its lists with probabilities; None for rankings that have none.
         fitted: How training went; None where nothing was trained.
         contribution: Mean share of each stream in what GEMs' decoder changed.
+        weights: Of the sources of a blend.
     """
 
     rank: Ranker
     scored: ScoredRanker | None = None
     fitted: Fitted | None = None
     contribution: list[float] | None = None
+    weights: dict[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +125,7 @@ class Contest:
         catalogue: Every item of the log; rankings name items by it.
         vocabulary: The items that weights may know.
         labels: What is learned from.
+        entered: What has been trained already; a blend takes its model from it.
     """
 
     task: Task
@@ -131,6 +137,7 @@ class Contest:
     half_life_ms: int
     budget: Budget
     seed: int
+    entered: dict[str, Entry] = field(default_factory=dict)
 
     @classmethod
     def of(cls, task: Task, *, repeats: bool, half_life_ms: int, budget: Budget, seed: int) -> Self:
@@ -151,27 +158,56 @@ class Contest:
             seed=seed,
         )
 
-    def enter(self, rival: Rival) -> Entry:
-        """Get a rival ready; neural ones are trained."""
+    def enter(self, name: str) -> Entry:
+        """Get a rival ready, once; neural ones are trained."""
+        if name not in self.entered:
+            self.entered[name] = self._entry(RIVALS[name])
+        return self.entered[name]
+
+    def _entry(self, rival: Rival) -> Entry:
         if rival.kind == "free":
-            return Entry(self._free(rival.base))
+            return self._free(rival.base)
+        if rival.kind == "blend":
+            return self._blend(rival)
         prepare_torch(self.budget.loop(self.seed))
         if rival.kind == "sequence":
             return self._sequence(rival)
         return self._tiger(rival) if rival.kind == "tiger" else self._gems(rival)
 
-    def _free(self, base: str) -> Ranker:
+    def _free(self, base: str) -> Entry:
         source, k = self.source, LIST_LENGTH
-        free: dict[str, Callable[[], Ranker]] = {
-            "popularity": lambda: popularity(source, k=k, repeats=self.repeats),
+        if base == "popularity":
+            return Entry(popularity(source, k=k, repeats=self.repeats))
+        if base == "own_recency":
+            return Entry(own_recency(source, k=k))
+        scored: dict[str, Callable[[], ScoredRanker]] = {
             "recent_popularity": lambda: recent_popularity(
                 source, half_life_ms=self.half_life_ms, k=k, repeats=self.repeats
             ),
-            "own_frequency": lambda: own_frequency(source, window=DECAY_WINDOW, decay=DECAY, k=k),
-            "own_recency": lambda: own_recency(source, k=k),
+            "own_frequency": lambda: own_shares(source, window=DECAY_WINDOW, decay=DECAY, k=k),
             "co_occurrence": lambda: co_occurrence(source, k=k, repeats=self.repeats),
         }
-        return free[base]()
+        rank = scored[base]()
+        return Entry(lists_of(rank), rank)
+
+    def _blend(self, rival: Rival) -> Entry:
+        """Mix the sources that name single items; own items count only where items repeat."""
+        names = [name for name in rival.sources if self.repeats or not name.startswith("own_")]
+        entries = [self.enter(name) for name in names]
+        sources = [entry.scored for entry in entries if entry.scored is not None]
+        assert len(sources) == len(entries), "every source of a blend has shares"
+        tune = self.task.tune
+        targets = Targets.of(self.source, tune)
+        parts = list(in_order(tune, size=BATCH_GROUPS))
+        share_SE = []
+        for source in sources:
+            items, shares = zip(*(source(part) for part in parts), strict=True)
+            scored = np.concatenate(items), np.concatenate(shares)
+            share_SE.append(target_shares(scored, targets.group_E, targets.item_E))
+        weight_S = calibrated(np.stack(share_SE, axis=1))
+        rank = blended(sources, weight_S)
+        weights = {name: round(float(one), 4) for name, one in zip(names, weight_S, strict=True)}
+        return Entry(lists_of(rank), rank, weights=weights)
 
     def _sequence(self, rival: Rival) -> Entry:
         config = SequenceConfig(num_events=rival.window)

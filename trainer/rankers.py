@@ -6,7 +6,6 @@ that the evaluation uses. Where items are not met twice, those already met are l
 Legend: G labels, K places of a list, I dense items of the model (0 unknown).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,19 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.baselines import seen_items
+from trainer.baselines import Scored, ScoredRanker, seen_items
 from trainer.batches import BatchSource, Stream
 from trainer.dataset import Int64s, LabelGroups
-from trainer.evaluate import Ranker
 from trainer.models.beam import BEAM_WIDTH, generate
 from trainer.models.gems import Gems, Reading
 from trainer.models.sequence import SequenceModel
 from trainer.streaming_evaluation import LIST_LENGTH
 from trainer.vocabulary import UNKNOWN, Vocabulary
-
-# Lists with the model's own probability of each place: [G, K] and [G, K].
-Scored = tuple[Int64s, np.ndarray[tuple[int, ...], np.dtype[np.float64]]]
-ScoredRanker = Callable[[LabelGroups], Scored]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +86,6 @@ def reading_of(model: Gems, source: BatchSource, groups: LabelGroups) -> Reading
 def streams_of(source: BatchSource, groups: LabelGroups) -> tuple[Stream, Stream]:
     """Both streams, as short as the labels allow."""
     return source.streams(groups, num_events=int(source.history_lengths(groups).max(initial=0)))
-
-
-def lists_of(rank: ScoredRanker) -> Ranker:
-    """The lists without their probabilities."""
-    return lambda groups: rank(groups)[0]
 
 
 def _named(naming: Naming, item_GK: Tensor, log_GK: Tensor) -> Scored:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from trainer.streaming_evaluation import RECENT, STREAMS
 
-Kind = Literal["free", "sequence", "tiger", "gems"]
+Kind = Literal["free", "sequence", "tiger", "gems", "blend"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,6 +16,7 @@ class Rival:
         base: Which model; for those without one the function of baselines.py.
         window: Newest events that a single-stream model reads.
         changes: What differs from the defaults of GEMs.
+        sources: What a blend mixes.
         note: What it is, for the table.
     """
 
@@ -24,8 +25,11 @@ class Rival:
     note: str
     window: int = RECENT
     changes: dict[str, object] = field(default_factory=dict)
+    sources: tuple[str, ...] = ()
 
 
+# Counts that a blend adds, live up to the moment.
+COUNTED = ("recent_popularity", "co_occurrence", "own_frequency")
 # What the paper does not have.
 PLAIN: dict[str, object] = {"copy": "off", "prior": "off", "leaf": "codes"}
 RIVALS: dict[str, Rival] = {
@@ -91,6 +95,15 @@ RIVALS: dict[str, Rival] = {
     "gems_gate": Rival(
         kind="gems", base="gems", note="learned gate instead of the sum", changes={"fusion": "gate"}
     ),
+    "gems_blend": Rival(
+        kind="blend",
+        base="blend",
+        note="gems with live counts as further sources, calibrated",
+        sources=("gems", *COUNTED),
+    ),
+    "counts_blend": Rival(
+        kind="blend", base="blend", note="the same without gems", sources=COUNTED
+    ),
 }
 
 # What a run measures where nothing else is asked for: in half an hour on two cores.
@@ -106,6 +119,8 @@ DEFAULT_RIVALS = (
     "tiger",
     "gems",
     "gems_plain",
+    "gems_blend",
+    "counts_blend",
 )
 # Models that read one stream of the recent stream's length.
 SINGLE_STREAM = ("gru4rec", "sasrec", "hstu", "tiger")

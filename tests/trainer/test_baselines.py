@@ -6,6 +6,7 @@ import pytest
 from trainer.baselines import (
     NUM_OCCURRENCES,
     co_occurrence,
+    lists_of,
     own_frequency,
     own_recency,
     popularity,
@@ -53,7 +54,7 @@ def test_recent_popularity_forgets() -> None:
     last = len(label_groups(source.log)) - 1
     often = popularity(source)
     assert ranked(often, source, catalogue, place=last)[0] == 5
-    newly = recent_popularity(source, half_life_ms=7 * DAY_MS)
+    newly = lists_of(recent_popularity(source, half_life_ms=7 * DAY_MS))
     assert ranked(newly, source, catalogue, place=last)[:2] == [7, 6]
 
 
@@ -62,17 +63,17 @@ def test_what_was_met_is_left_out_where_nothing_repeats() -> None:
     source, catalogue = source_of(rows)
     # Labels in row order: three of user 1, then user 2's.
     assert ranked(popularity(source, repeats=False), source, catalogue, place=2) == [8]
-    assert ranked(co_occurrence(source, repeats=False), source, catalogue, place=2) == [8]
-    assert ranked(co_occurrence(source), source, catalogue, place=5) == []
+    assert ranked(lists_of(co_occurrence(source, repeats=False)), source, catalogue, place=2) == [8]
+    assert ranked(lists_of(co_occurrence(source)), source, catalogue, place=5) == []
     assert set(ranked(popularity(source), source, catalogue, place=2)) == {5, 6, 8}
 
 
 def test_co_occurrence_prefers_what_came_sooner() -> None:
     rows = [(2, 1, 5), (2, 2, 6), (2, 3, 7), (3, 1, 5), (3, 2, 6), (1, 9, 5), (1, 10, 4)]
     source, catalogue = source_of(rows)
-    assert ranked(co_occurrence(source), source, catalogue, place=1) == [6, 7]
+    assert ranked(lists_of(co_occurrence(source)), source, catalogue, place=1) == [6, 7]
     # Before anyone went on from item 5 nothing is known to follow it.
-    assert ranked(co_occurrence(source), source, catalogue, place=3) == []
+    assert ranked(lists_of(co_occurrence(source)), source, catalogue, place=3) == []
     assert NUM_OCCURRENCES > 2
 
 
@@ -80,10 +81,10 @@ def test_co_occurrence_prefers_what_came_sooner() -> None:
     "make",
     [
         popularity,
-        lambda source: recent_popularity(source, half_life_ms=DAY_MS),
+        lambda source: lists_of(recent_popularity(source, half_life_ms=DAY_MS)),
         own_frequency,
         own_recency,
-        co_occurrence,
+        lambda source: lists_of(co_occurrence(source)),
     ],
 )
 def test_no_ranking_knows_the_future(make: type, log: EventLog) -> None:

@@ -15,6 +15,7 @@ BUDGET = Budget(seconds=60.0, epochs=1.0, examples_per_batch=16, judge_every_ste
 SMALL = Sample(test_users=4, test_times_per_user=3, tune_users=4, tune_times_per_user=2)
 # One of each way to be trained.
 NEURAL = ("gru4rec", "sasrec_long", "hstu", "tiger", "gems", "gems_recent_only")
+COUNTED = ("co_occurrence", "own_frequency", "counts_blend")
 
 
 def contest_of(task: Task, *, repeats: bool = True) -> Contest:
@@ -26,10 +27,10 @@ def task(log: EventLog) -> Task:
     return global_split(log, SMALL)
 
 
-@pytest.mark.parametrize("name", [*NEURAL, "co_occurrence"])
+@pytest.mark.parametrize("name", [*NEURAL, *COUNTED])
 def test_a_rival_is_trained_and_judged(name: str, task: Task) -> None:
     contest = contest_of(task)
-    entry = contest.enter(RIVALS[name])
+    entry = contest.enter(name)
     ranked = entry.rank(task.live)
     assert ranked.shape == (len(task.live), LIST_LENGTH)
     assert ranked.max() <= contest.catalogue.num_items
@@ -49,7 +50,7 @@ def test_a_rival_is_trained_and_judged(name: str, task: Task) -> None:
 def test_nothing_met_is_named_where_nothing_repeats(name: str, log: EventLog) -> None:
     task = leave_one_out(log, SMALL)
     contest = contest_of(task, repeats=False)
-    ranked = contest.enter(RIVALS[name]).rank(task.live)
+    ranked = contest.enter(name).rank(task.live)
     for number, row in enumerate(ranked):
         assert not set(row[row > 0]) & set(seen_items(contest.source, task.live, number))
 
