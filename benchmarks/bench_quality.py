@@ -88,7 +88,7 @@ class Ground:
         """
         data = DATA_SETS[request.set_name]
         log, judged = load_log(data)
-        return cls(data, log, _cut(log, judged, request))
+        return cls(data, log, _cut(data, log, judged, request))
 
     def facts(self) -> dict[str, int]:
         """How much there is, and how many judged users reach beyond each stream."""
@@ -106,10 +106,10 @@ class Ground:
         }
 
 
-def _cut(log: EventLog, judged: Bools | None, request: Request) -> Task:
+def _cut(data: DataSet, log: EventLog, judged: Bools | None, request: Request) -> Task:
     if request.protocol == "leave_one_out":
         return leave_one_out(log, request.sample)
-    return global_split(log, request.sample, judged_N=judged)
+    return global_split(log, request.sample, judged_N=judged, fitted_events=data.fitted_events)
 
 
 def settings_of(request: Request, ground: Ground, rival: Rival, seed: int) -> dict[str, Any]:
@@ -131,6 +131,7 @@ def settings_of(request: Request, ground: Ground, rival: Rival, seed: int) -> di
         "budget": dataclasses.asdict(request.budget) if neural else None,
         "repeats": ground.data.repeats,
         "half_life_ms": ground.data.half_life_ms,
+        "fitted_events": ground.data.fitted_events,
         "events": ground.log.num_events,
     }
 

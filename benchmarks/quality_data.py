@@ -49,6 +49,7 @@ class DataSet:
         label_share: Share of the labels that models learn from, the newest.
         protocols: The first one is the default.
         only_marked: Judge marked labels only.
+        fitted_events: Item tables and vocabulary know the newest so many events; None is all.
     """
 
     title: str
@@ -58,6 +59,7 @@ class DataSet:
     label_share: float = 0.4
     protocols: tuple[ProtocolName, ...] = ("global",)
     only_marked: bool = False
+    fitted_events: int | None = None
 
 
 def load_log(data: DataSet) -> tuple[EventLog, Bools | None]:
@@ -167,7 +169,11 @@ def ml_latest_small() -> Columns:
 DATA_SETS: Final[dict[str, DataSet]] = {
     "complete_journey": DataSet(title="Complete Journey (groceries)", load=complete_journey),
     "globo_clicks": DataSet(
-        title="Globo.com (news)", load=globo_clicks, half_life_ms=NEWS_HALF_LIFE_MS
+        title="Globo.com (news)",
+        load=globo_clicks,
+        half_life_ms=NEWS_HALF_LIFE_MS,
+        # Ten days of news. With millions of one-click visits the item vectors take minutes.
+        fitted_events=600_000,
     ),
     "online_retail": DataSet(title="Online Retail (gifts)", load=online_retail),
     "ml_latest_small": DataSet(

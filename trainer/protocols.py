@@ -70,13 +70,20 @@ class Task:
     split_ms: int | None
 
 
-def global_split(log: EventLog, sample: Sample, *, judged_N: Bools | None = None) -> Task:
+def global_split(
+    log: EventLog,
+    sample: Sample,
+    *,
+    judged_N: Bools | None = None,
+    fitted_events: int | None = None,
+) -> Task:
     """Cut time into what is learned, tuned on and judged.
 
     Args:
         log: All events.
         sample: Bounds of what is tuned on and judged.
         judged_N: Where given, only labels whose first event is marked are judged.
+        fitted_events: Item tables and vocabulary know the newest so many events; None is all.
 
     Raises:
         EmptyWindowError: One of the windows has no labels.
@@ -104,13 +111,23 @@ def global_split(log: EventLog, sample: Sample, *, judged_N: Bools | None = None
     at_split = np.full(len(live), split_ms + 1)
     return Task(
         log=log,
-        fitted=rows_of(log, log.event_time_ms_N <= fit_ms),
+        fitted=rows_of(log, _fitted(log, fit_ms, fitted_events)),
         learn=training_groups(log, groups, split_ms=fit_ms),
         tune=tune,
         live=live,
         frozen=labels_at(log, log.user_ids_U[live.user_G], at_split),
         split_ms=split_ms,
     )
+
+
+def _fitted(log: EventLog, fit_ms: int, num_events: int | None) -> Bools:
+    """Which events item tables and vocabulary may know."""
+    time_ms = log.event_time_ms_N
+    known_N: Bools = time_ms <= fit_ms
+    if num_events is not None and known_N.sum() > num_events:
+        oldest_ms = np.partition(time_ms[known_N], -num_events)[-num_events]
+        known_N &= time_ms >= oldest_ms
+    return known_N
 
 
 def leave_one_out(log: EventLog, sample: Sample) -> Task:

@@ -55,6 +55,14 @@ def test_only_marked_labels_are_judged(log: EventLog) -> None:
     assert not marked[task.learn.first_row_G].all()
 
 
+def test_tables_may_be_bound_to_the_newest_events(log: EventLog, split: Task) -> None:
+    bound = global_split(log, SAMPLE, fitted_events=40)
+    assert 40 <= bound.fitted.num_events < split.fitted.num_events
+    assert bound.fitted.event_time_ms_N.max() == split.fitted.event_time_ms_N.max()
+    kept = bound.fitted.event_time_ms_N.min()
+    assert (split.fitted.event_time_ms_N >= kept).sum() == bound.fitted.num_events
+
+
 def test_leave_one_out_holds_back_the_last_two(log: EventLog) -> None:
     task = leave_one_out(log, Sample(tune_users=3))
     last = log.offsets[1:] - 1
