@@ -11,6 +11,9 @@
 #        bench-pit, bench-read [ROUNDS=n], bench-compact [USERS=n]
 #                                         measured; RECORD=1 keeps it under benchmarks/results
 #   make bench-train [RECORD=1]           tokens/s of training, against stock PyTorch layers; MFU
+#   make bench-quality SET=... [SEEDS=n] [PROTOCOL=...] [MODELS=...] [BUDGET_S=n] [DATA=folder]
+#                                         which model ranks best: docs/quality.md says how
+#   make quality-pages                    tables and plots of those results into docs/results
 #   make check                            format, lint, types, import contracts (under 60 s)
 #   make figures                          benchmarks/results into README.md
 #   make up / make down                   the local stack by itself
@@ -24,10 +27,14 @@ RECORD ?=
 SEED ?=
 PAIRS ?= 2000
 DATA ?= ../shared/data
+SET ?= complete_journey
+SEEDS ?= 1
+MODELS ?= default
 BIN := .venv/bin
 
 .PHONY: demo test sim faults parity bench-ingest bench-freshness bench-replay bench-memory
-.PHONY: bench-pit bench-read bench-compact bench-train check format figures up down clean
+.PHONY: bench-pit bench-read bench-compact bench-train bench-quality quality-pages
+.PHONY: check format figures up down clean
 
 demo: .venv/stamp-local
 	$(BIN)/moveline demo $(if $(KEEP),--keep) $(if $(RECORD),--record)
@@ -82,6 +89,15 @@ bench-compact: .venv/stamp-local
 
 bench-train: .venv/stamp-local
 	$(BIN)/python -m benchmarks.bench_train $(if $(RECORD),--record)
+
+# One file a model and seed: a run that was stopped goes on where it was.
+bench-quality: .venv/stamp-dev
+	DATA=$(DATA) $(BIN)/python -m benchmarks.bench_quality --set $(SET) --seeds $(SEEDS) \
+	  --models $(MODELS) $(if $(PROTOCOL),--protocol $(PROTOCOL)) \
+	  $(if $(BUDGET_S),--budget-s $(BUDGET_S))
+
+quality-pages: .venv/stamp-dev
+	$(BIN)/python -m benchmarks.quality_pages
 
 figures: .venv/stamp-local
 	$(BIN)/python -m benchmarks.readme

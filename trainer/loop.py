@@ -298,6 +298,9 @@ def _train(
             keeper.save(run.learner, run.optimiser, position)
     if ended_by == "epochs" and not position.losses:
         raise EmptyWindowError("no batch had a target that the model knows; check the window")
+    if judge is not None and position.step % run.config.judge_every_steps != 0:
+        # The rate falls at the end of a run: its last weights are often the best.
+        _judge(run, position, judge)
     if position.best is not None:
         run.learner.load_state_dict(position.best)
     return Fitted(
@@ -347,13 +350,14 @@ def _judge(run: _Run[BatchT], position: Position, judge: Callable[[], float]) ->
     with torch.no_grad():
         quality = run.ranks.from_first(judge() if run.ranks.is_first else 0.0)
     run.learner.train()
-    if position.best is None or quality > position.best_quality:
-        position.best_quality, position.num_worse = quality, 0
+    is_better = position.best is None or quality > position.best_quality
+    position.num_worse = 0 if is_better else position.num_worse + 1
+    if is_better or quality == position.best_quality:
+        # Of equals the later ones: they have learned more of what the judge does not see.
+        position.best_quality = quality
         position.best = {
             name: value.detach().clone() for name, value in run.learner.state_dict().items()
         }
-    else:
-        position.num_worse += 1
 
 
 def _refuse_divergence(loss: float, norm: float, step: int) -> None:

@@ -1,0 +1,126 @@
+"""Every ranking that is compared, by name."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trainer.streaming_evaluation import RECENT, STREAMS
+
+Kind = Literal["free", "sequence", "tiger", "gems", "blend"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rival:
+    """One ranking that is compared.
+
+    Attributes:
+        base: Which model; for those without one the function of baselines.py.
+        window: Newest events that a single-stream model reads.
+        changes: What differs from the defaults of GEMs.
+        sources: What a blend mixes.
+        note: What it is, for the table.
+    """
+
+    kind: Kind
+    base: str
+    note: str
+    window: int = RECENT
+    changes: dict[str, object] = field(default_factory=dict)
+    sources: tuple[str, ...] = ()
+
+
+# Counts that a blend adds, live up to the moment.
+COUNTED = ("recent_popularity", "co_occurrence", "own_frequency")
+# What the paper does not have.
+PLAIN: dict[str, object] = {"copy": "off", "prior": "off", "leaf": "codes"}
+RIVALS: dict[str, Rival] = {
+    "popularity": Rival(kind="free", base="popularity", note="events so far, renewed daily"),
+    "recent_popularity": Rival(
+        kind="free", base="recent_popularity", note="events so far, halved each half-life"
+    ),
+    "own_frequency": Rival(
+        kind="free",
+        base="own_frequency",
+        note="own items by count, an event of age n weighs .995^n",
+    ),
+    "own_recency": Rival(kind="free", base="own_recency", note="own items, the newest first"),
+    "co_occurrence": Rival(
+        kind="free", base="co_occurrence", note="what came soon after the last item, for anyone"
+    ),
+    "gru4rec": Rival(kind="sequence", base="gru4rec", note="recurrent, 64 events"),
+    "gru4rec_long": Rival(
+        kind="sequence", base="gru4rec", note="recurrent, 512 events", window=STREAMS
+    ),
+    "sasrec": Rival(kind="sequence", base="sasrec", note="self-attention, 64 events"),
+    "sasrec_long": Rival(
+        kind="sequence", base="sasrec", note="self-attention, 512 events", window=STREAMS
+    ),
+    "hstu": Rival(kind="sequence", base="hstu", note="pointwise attention, 64 events"),
+    "hstu_long": Rival(
+        kind="sequence", base="hstu", note="pointwise attention, 512 events", window=STREAMS
+    ),
+    "tiger": Rival(kind="tiger", base="tiger", note="semantic ids from one stream of 64 events"),
+    "tiger_long": Rival(
+        kind="tiger", base="tiger", note="semantic ids from one stream of 512", window=STREAMS
+    ),
+    "gems": Rival(kind="gems", base="gems", note="as served: all streams, all extensions"),
+    "gems_plain": Rival(
+        kind="gems", base="gems", note="the paper's method alone: no extension", changes=PLAIN
+    ),
+    "gems_no_copy": Rival(
+        kind="gems", base="gems", note="as served without the copy head", changes={"copy": "off"}
+    ),
+    "gems_no_prior": Rival(
+        kind="gems", base="gems", note="as served without the prior", changes={"prior": "off"}
+    ),
+    "gems_sum": Rival(kind="gems", base="gems", note="fusion sum", changes={"fusion": "sum"}),
+    "gems_mean": Rival(kind="gems", base="gems", note="fusion mean", changes={"fusion": "mean"}),
+    "gems_recent_only": Rival(
+        kind="gems",
+        base="gems",
+        note="as served, recent stream alone",
+        changes={"streams": ("recent",)},
+    ),
+    "gems_no_mid": Rival(
+        kind="gems",
+        base="gems",
+        note="as served without the mid-term stream",
+        changes={"streams": ("recent", "lifelong")},
+    ),
+    "gems_no_lifelong": Rival(
+        kind="gems",
+        base="gems",
+        note="as served without the lifelong stream",
+        changes={"streams": ("recent", "mid")},
+    ),
+    "gems_gate": Rival(
+        kind="gems", base="gems", note="learned gate instead of the sum", changes={"fusion": "gate"}
+    ),
+    "gems_blend": Rival(
+        kind="blend",
+        base="blend",
+        note="gems with live counts as further sources, calibrated",
+        sources=("gems", *COUNTED),
+    ),
+    "counts_blend": Rival(
+        kind="blend", base="blend", note="the same without gems", sources=COUNTED
+    ),
+}
+
+# What a run measures where nothing else is asked for: in half an hour on two cores.
+DEFAULT_RIVALS = (
+    "popularity",
+    "recent_popularity",
+    "own_frequency",
+    "own_recency",
+    "co_occurrence",
+    "gru4rec",
+    "sasrec",
+    "hstu",
+    "tiger",
+    "gems",
+    "gems_plain",
+    "gems_blend",
+    "counts_blend",
+)
+# Models that read one stream of the recent stream's length.
+SINGLE_STREAM = ("gru4rec", "sasrec", "hstu", "tiger")
