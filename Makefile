@@ -7,9 +7,9 @@
 #                                         real kills, zombies, restores: state stays exact
 #   make parity [PAIRS=n] [DATA=folder] [RECORD=1] [KAFKA_HOME=...]
 #                                         what online reads return equals what the lake gives
-#   make bench-train [RECORD=1]           tokens/s of training, against stock PyTorch layers; MFU
 #   make bench-ingest, bench-freshness, bench-replay, bench-memory [RECORD=1] [EVENTS=n]
 #        bench-pit, bench-read [ROUNDS=n] measured; RECORD=1 keeps it under benchmarks/results
+#   make bench-train [RECORD=1]           tokens/s of training, against stock PyTorch layers; MFU
 #   make check                            format, lint, types, import contracts (under 60 s)
 #   make figures                          benchmarks/results into README.md
 #   make up / make down                   the local stack by itself
@@ -24,7 +24,7 @@ DATA ?= ../shared/data
 BIN := .venv/bin
 
 .PHONY: demo test sim faults parity bench-ingest bench-freshness bench-replay bench-memory
-.PHONY: bench-pit bench-read check format figures up down clean
+.PHONY: bench-pit bench-read bench-train check format figures up down clean
 
 demo: .venv/stamp-local
 	$(BIN)/moveline demo $(if $(KEEP),--keep) $(if $(RECORD),--record)
@@ -64,10 +64,6 @@ bench-freshness: .venv/stamp-dev
 bench-replay: .venv/stamp-local
 	$(BIN)/python -m benchmarks.bench_replay $(if $(RECORD),--record)
 
-.PHONY: bench-train
-bench-train: .venv/stamp-local
-	$(BIN)/python -m benchmarks.bench_train $(if $(RECORD),--record)
-
 bench-pit: .venv/stamp-local
 	$(BIN)/python -m benchmarks.bench_pit $(if $(RECORD),--record)
 
@@ -77,6 +73,9 @@ bench-memory: .venv/stamp-dev
 
 bench-read: .venv/stamp-local
 	$(BIN)/python -m benchmarks.bench_read $(if $(RECORD),--record)
+
+bench-train: .venv/stamp-local
+	$(BIN)/python -m benchmarks.bench_train $(if $(RECORD),--record)
 
 figures: .venv/stamp-local
 	$(BIN)/python -m benchmarks.readme
