@@ -196,6 +196,8 @@ def fit(
         position.seconds += spent_s
         fitted = _train(run, position, keeper, log, judge=judge, outputs=outputs)
         learner.to("cpu").eval()
+        if fitted.ended_by == "epochs" and not fitted.losses:
+            raise EmptyWindowError("no batch had a target that the model knows; check the window")
         return fitted
 
 
@@ -296,8 +298,6 @@ def _train(
                 break
         if position.step % outputs.checkpoint_every_steps == 0:
             keeper.save(run.learner, run.optimiser, position)
-    if ended_by == "epochs" and not position.losses:
-        raise EmptyWindowError("no batch had a target that the model knows; check the window")
     if judge is not None and position.step % run.config.judge_every_steps != 0:
         # The rate falls at the end of a run: its last weights are often the best.
         _judge(run, position, judge)
