@@ -8,7 +8,8 @@
 #   make parity [PAIRS=n] [DATA=folder] [RECORD=1] [KAFKA_HOME=...]
 #                                         what online reads return equals what the lake gives
 #   make bench-ingest, bench-freshness, bench-replay, bench-memory [RECORD=1] [EVENTS=n]
-#        bench-pit, bench-read [ROUNDS=n] measured; RECORD=1 keeps it under benchmarks/results
+#        bench-pit, bench-read [ROUNDS=n], bench-compact [USERS=n]
+#                                         measured; RECORD=1 keeps it under benchmarks/results
 #   make bench-train [RECORD=1]           tokens/s of training, against stock PyTorch layers; MFU
 #   make bench-quality SET=... [SEEDS=n] [PROTOCOL=...] [MODELS=...] [BUDGET_S=n] [DATA=folder]
 #                                         which model ranks best: docs/quality.md says how
@@ -30,7 +31,8 @@ MODELS ?= default
 BIN := .venv/bin
 
 .PHONY: demo test sim faults parity bench-ingest bench-freshness bench-replay bench-memory
-.PHONY: bench-quality quality-pages bench-pit bench-read bench-train check format figures up down clean
+.PHONY: bench-pit bench-read bench-compact bench-train check format figures up down clean
+.PHONY: bench-quality quality-pages
 
 demo: .venv/stamp-local
 	$(BIN)/moveline demo $(if $(KEEP),--keep) $(if $(RECORD),--record)
@@ -79,6 +81,9 @@ bench-memory: .venv/stamp-dev
 
 bench-read: .venv/stamp-local
 	$(BIN)/python -m benchmarks.bench_read $(if $(RECORD),--record)
+
+bench-compact: .venv/stamp-local
+	$(BIN)/python -m benchmarks.bench_compact $(if $(RECORD),--record)
 
 bench-train: .venv/stamp-local
 	$(BIN)/python -m benchmarks.bench_train $(if $(RECORD),--record)

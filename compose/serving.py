@@ -6,10 +6,11 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from compose.errors import ComposeError
+from compose.memories import make_ready, memory_of
 from features.redis import CatalogueStore, Pointers, connect
 from scoring.client import Recommender
 from scoring.live import REFRESH_S
-from scoring.signature import RECOMMEND_MODEL, RETRIEVAL_MODEL
+from scoring.signature import LIFELONG_MODEL, RECOMMEND_MODEL, RETRIEVAL_MODEL
 from scoring.triton import TritonServer
 from streams.control import read_pointers, write_pointers
 
@@ -29,12 +30,13 @@ class FlipNotSeenError(ComposeError):
 
 
 def load_served_models(settings: Settings) -> list[str]:
-    """Load `recommend`, and the retrieval model if it has a version; return what was loaded."""
+    """Load `recommend`, and the models that have a version; return what was loaded."""
     with TritonServer(settings.triton.grpc) as server:
         loaded = []
-        if has_version(settings.model_repository / RETRIEVAL_MODEL):
-            server.load(RETRIEVAL_MODEL)
-            loaded.append(RETRIEVAL_MODEL)
+        for model in (LIFELONG_MODEL, RETRIEVAL_MODEL):
+            if has_version(settings.model_repository / model):
+                server.load(model)
+                loaded.append(model)
         server.load(RECOMMEND_MODEL)
         return [*loaded, RECOMMEND_MODEL]
 
@@ -50,12 +52,16 @@ def flip(settings: Settings, kafka: KafkaConfig, topics: Topics, version: int) -
     First the control topic, the record of truth, then Redis, which every answer follows.
 
     Raises:
+        MemoryVersionError: too many users lack memories of the version that it reads.
         FlipNotSeenError: answers did not carry the version within FLIP_TIMEOUT_S.
     """
     catalogue = CatalogueStore(connect(settings.redis.url))
     recorded = read_pointers(kafka, topics)
     generation = recorded.generation if recorded else settings.generation_number
-    pointers = Pointers(version, generation)
+    memory = memory_of(settings.model_repository, version)
+    if memory is not None:
+        make_ready(settings, kafka, topics, generation, memory)
+    pointers = Pointers(version, generation, memory.memory_version if memory else None)
     started = time.monotonic()
     write_pointers(kafka, topics, pointers)
     catalogue.put_pointers(pointers)

@@ -1,14 +1,15 @@
 """Features as a function of (user, ordinal, clock), from the lake: what the parity law compares.
 
 The events up to an ordinal, those at or after the clock left out, give the streams and the session
-that online reading gives at that ordinal and clock. `step` and `view_user` are the online ones; the
+that online reading gives at that ordinal and clock; for a reader of a memory, also the number of
+chunks in it. `step` and `view_user` are the online ones; the
 only thing done here is to hand them the right events.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -16,7 +17,7 @@ import numpy as np
 
 from features.errors import NoSuchOrdinalError
 from features.lake import judged_columns, number_one, read_events
-from features.state import EMPTY_STATE, Accepted, Position, UserState, step
+from features.state import EMPTY_STATE, RECORD, Accepted, Position, UserState, step
 from features.view import view_user
 
 if TYPE_CHECKING:
@@ -43,7 +44,12 @@ _EVENT_COLUMNS: Final = (
 
 
 def features_at(
-    events: Sequence[Accepted], *, ordinal: int, clock_ms: int, config: StateConfig
+    events: Sequence[Accepted],
+    *,
+    ordinal: int,
+    clock_ms: int,
+    config: StateConfig,
+    num_folded: int | None = None,
 ) -> UserView:
     """Return a user's features after the first `ordinal` accepted events, seen at the clock.
 
@@ -53,11 +59,13 @@ def features_at(
         ordinal: how many of them are known.
         clock_ms: events dated at or after it are not seen.
         config: the generation's rules.
+        num_folded: chunks in the memory that is read beside: the mid-term stream is then all but
+            these and the recent one. None: no memory is read, it is the newest M.
 
     Raises:
         NoSuchOrdinalError: there are fewer events than that, or they were forgotten.
     """
-    return Timeline(events, config).at(ordinal, clock_ms)
+    return Timeline(events, config).at(ordinal, clock_ms, num_folded)
 
 
 @dataclass
@@ -67,6 +75,7 @@ class Timeline:
     events: Sequence[Accepted]
     config: StateConfig
     _state: UserState = EMPTY_STATE
+    _chunks: list[bytes] = field(default_factory=list)
 
     @property
     def num_forgets(self) -> int:
@@ -95,13 +104,27 @@ class Timeline:
     def _event(self, ordinal: int) -> Accepted:
         return self.events[self._at(ordinal)]
 
-    def at(self, ordinal: int, clock_ms: int) -> UserView:
+    def at(self, ordinal: int, clock_ms: int, num_folded: int | None = None) -> UserView:
         """Return the features at an ordinal and clock; see `features_at`."""
         state = self._state_at(ordinal)
         records = state.records
         if records.size and records["event_time_ms"][-1] >= clock_ms:
-            return self._without_later(ordinal, clock_ms)
-        return view_user(state, clock_ms, self.config)
+            view = self._without_later(ordinal, clock_ms)
+        else:
+            view = view_user(state, clock_ms, self.config)
+        if num_folded is None:
+            return view
+        return view._replace(mid=self._not_folded(state, clock_ms, num_folded, view.recent))
+
+    def _not_folded(
+        self, state: UserState, clock_ms: int, num_folded: int, recent: Records
+    ) -> Records:
+        """Return what is neither in the memory nor recent, in the order of streams."""
+        chunks = self._chunks[num_folded : state.num_chunks]
+        held = np.frombuffer(b"".join([*chunks, state.tail]), RECORD)
+        held = held[held["event_time_ms"] < clock_ms]
+        held = held[~np.isin(held["ordinal"], recent["ordinal"])]
+        return held[np.lexsort((held["ordinal"], held["event_time_ms"]))]
 
     def _state_at(self, ordinal: int) -> UserState:
         if not self.first <= ordinal <= self.end:
@@ -111,10 +134,12 @@ class Timeline:
                 "lake sink catch up (`moveline lake --until-end`)."
             )
         if ordinal < self._state.next_ordinal:
-            self._state = EMPTY_STATE
+            self._state, self._chunks = EMPTY_STATE, []
         known = 0 if self._state is EMPTY_STATE else self._at(self._state.next_ordinal)
         more = self.events[known : self._at(ordinal)]
-        self._state = step(self._state, more, self.config).state
+        change = step(self._state, more, self.config)
+        self._state = change.state
+        self._chunks += [chunk.records for chunk in change.chunks]
         assert self._state.next_ordinal == ordinal, "the events given were not all accepted"
         return self._state
 

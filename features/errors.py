@@ -40,6 +40,10 @@ class UnknownRowFormatError(CorruptRowError):
     """A row, or a generation's record, has a format that only other builds of Moveline know."""
 
 
+class CorruptMemoryError(FeatureError):
+    """Stored bytes are not a memory this build reads; `moveline lifelong build` makes it anew."""
+
+
 class SchemaMismatchError(FeatureError):
     """A model or a reader was built for another feature schema than the state has."""
 

@@ -16,7 +16,9 @@ from features.errors import FeatureLogError
 from features.state import RECORD, RECORD_BYTES, Position
 from features.view import SessionView, UserView
 
-SERVED_VERSION: Final = 1
+SERVED_VERSION: Final = 2
+# Records of version 1 say nothing of memories, for none was read.
+_READABLE: Final = frozenset({1, SERVED_VERSION})
 # One more than the largest hash, so that a share of 1.0 takes every user.
 _HASH_RANGE: Final = 2**64
 
@@ -37,6 +39,8 @@ class Served(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         mid: likewise, the mid-term stream.
         user_session: the session at that clock.
         degraded: flags of scoring.signature.Degraded.
+        memory_version: of the memory that was read beside, None where the model reads none.
+        num_folded: chunks in it; `mid` is then all else but the recent stream.
     """
 
     served_at_ms: int
@@ -56,7 +60,14 @@ class Served(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     model_version: int
     degraded: int
     request_id: str = ""
+    memory_version: str | None = None
+    num_folded: int = 0
     v: int = SERVED_VERSION
+
+    @property
+    def chunks_folded(self) -> int | None:
+        """What `features.as_of.features_at` takes: None where no memory was read."""
+        return None if self.memory_version is None else self.num_folded
 
     def view(self) -> UserView | None:
         """Return the features that were read, None where no state was."""
@@ -89,10 +100,9 @@ def decode_served(value: bytes | None) -> Served:
         served = _DECODER.decode(value)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise FeatureLogError(f"not a feature log record: {error}") from error
-    if served.v != SERVED_VERSION:
-        raise FeatureLogError(
-            f"feature log record of version {served.v}; this build reads {SERVED_VERSION}"
-        )
+    if served.v not in _READABLE:
+        known = ", ".join(map(str, sorted(_READABLE)))
+        raise FeatureLogError(f"feature log record of version {served.v}; this build reads {known}")
     if len(served.recent) % RECORD_BYTES or len(served.mid) % RECORD_BYTES:
         raise FeatureLogError(
             f"streams of {len(served.recent)} and {len(served.mid)} bytes; a record has "

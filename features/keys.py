@@ -48,6 +48,11 @@ def chunks_key(generation: int, user_id: int) -> str:
     return f"{PREFIX}:{{b{bucket_of(user_id)}}}:g{generation}:chunks:{user_id}"
 
 
+def memories_key(generation: int, user_id: int) -> str:
+    """Return the key of a user's lifelong memories: a hash of memory version to memory."""
+    return f"{PREFIX}:{{b{bucket_of(user_id)}}}:g{generation}:memories:{user_id}"
+
+
 def user_keys(generation: int, bucket: int, user_ids: Iterable[int]) -> list[str]:
     """Return `row_key` and `chunks_key` of each user in turn; all of them are in `bucket`."""
     row, chunks = (f"{PREFIX}:{{b{bucket}}}:g{generation}:{kind}:" for kind in ("row", "chunks"))
@@ -107,6 +112,7 @@ POINTERS_KEY: Final = f"{PREFIX}:pointers"
 ITEMS_READ_KEY: Final = f"{PREFIX}:items-read"
 DOMAINS_KEY: Final = f"{PREFIX}:domains"
 TRENDING_KEY: Final = f"{PREFIX}:trending"
+LIVE_MEMORIES_KEY: Final = f"{PREFIX}:live-memories"
 WITHDRAWN_KEY: Final = f"{PREFIX}:withdrawn"
 
 

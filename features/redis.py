@@ -33,6 +33,7 @@ from features.redis_client import (
     streamed,
 )
 from features.row import (
+    FORGET,
     FORMATS,
     POSITION_FROM_END,
     ROW_FORMAT,
@@ -71,12 +72,12 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Pointers:
-    """What is live: the model version that answers and the generation it reads."""
+class Pointers(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What is live: the model version that answers, the generation and the memories it reads."""
 
     model_version: int | None
     generation: int
+    memory_version: str | None = None
 
 
 @dataclass(frozen=True)
@@ -250,12 +251,18 @@ class StateStore:
         ]
         for expected, keep, data, chunks in write.rows.values():
             values += (expected, keep, data, len(chunks), *chunks)
+        forgotten = [
+            keys.memories_key(self.generation, user)
+            for user, row in write.rows.items()
+            if row.keep == FORGET
+        ]
         return (
             "EVALSHA",
             _script_digest(),
-            1 + 2 * len(write.rows),
+            1 + 2 * len(write.rows) + len(forgotten),
             keys.checkpoints_key(self.generation, write.bucket),
             *keys.user_keys(self.generation, write.bucket, write.rows),
+            *forgotten,
             *values,
         )
 
@@ -366,7 +373,12 @@ class CatalogueStore:
 
     def put_pointers(self, pointers: Pointers) -> None:
         """Make a model version and a generation the live ones, at once for every reader."""
-        values: list[str | int] = ["generation", pointers.generation]
+        values: list[str | int] = [
+            "generation",
+            pointers.generation,
+            "memory_version",
+            pointers.memory_version or "",
+        ]
         if pointers.model_version is not None:
             values += ["model_version", pointers.model_version]
         with mapped_errors("writing pointers"):
@@ -397,7 +409,11 @@ class CatalogueStore:
         if b"generation" not in raw:
             return None
         version = raw.get(b"model_version")
-        return Pointers(None if version is None else int(version), int(raw[b"generation"]))
+        return Pointers(
+            None if version is None else int(version),
+            int(raw[b"generation"]),
+            raw.get(b"memory_version", b"").decode() or None,
+        )
 
     def put_trending(self, trending: Trending) -> None:
         """Replace the trending items."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
+from features.lifelong import LIFELONG_ROWS, LIFELONG_WIDTH
 from features.row import ROW_FORMAT
 from features.view import LAST_ITEMS
 
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
 
 Dtype = Literal["int64", "float32", "bool", "string"]
 SECONDS_PER_DAY: Final = 86_400
-# What a memory of the lifelong stream is: as many summary tokens of this width (`gems` reads it).
-LIFELONG_SLOTS: Final = 16
-LIFELONG_WIDTH: Final = 64
 # What AMEN foresees of a user's next interests: as many vectors of this width.
 INTEREST_STEPS: Final = 4
 INTEREST_WIDTH: Final = 64
@@ -146,9 +144,9 @@ def views(config: StateConfig) -> tuple[View, ...]:
                     "lifelong_memory",
                     "float32",
                     "embedding",
-                    (LIFELONG_SLOTS, LIFELONG_WIDTH),
+                    (LIFELONG_ROWS, LIFELONG_WIDTH),
                     None,
-                    "summary tokens of all chunks folded so far",
+                    "the sum over all events folded so far, row after row",
                 ),
                 Feature("lifelong_num_chunks", "int64", "chunks", default=None),
             ),

@@ -127,10 +127,10 @@ class UserHistory:
         known = self.timeline.first + max(0, seen - self.timeline.num_forgets)
         view = served.view()
         if view is None:
-            expected = self.timeline.at(known, served.clock_ms)
+            expected = self.timeline.at(known, served.clock_ms, served.chunks_folded)
             return compare_views(None, expected, (None, self._position(known)))
         ordinal = min(served.ordinal, self.timeline.end)
-        expected = self.timeline.at(ordinal, served.clock_ms)
+        expected = self.timeline.at(ordinal, served.clock_ms, served.chunks_folded)
         skew = compare_views(view, expected, (served.position, self._position(served.ordinal)))
         return skew._replace(num_unseen=max(0, known - served.ordinal))
 

@@ -118,6 +118,9 @@ class StreamBatch(NamedTuple):
         clock_ms_B: the clock each user was seen at, int64 [B].
         ordinal_B: events accepted so far, int64 [B]; 0 for an unknown user.
         newest_ms_B: time of the newest event seen, int64 [B]; -1 without one.
+        memory_BLW: lifelong memories, float32 [B, LIFELONG_ROWS, LIFELONG_WIDTH], zeros for a user
+            without one; None where no memory is read. `mid_BM` is then as wide as it has to be.
+        memory_events_B: events in them, int64 [B].
     """
 
     recent_BR: np.ndarray[tuple[int, int], np.dtype[np.void]]
@@ -125,6 +128,12 @@ class StreamBatch(NamedTuple):
     clock_ms_B: np.ndarray[tuple[int], np.dtype[np.int64]]
     ordinal_B: np.ndarray[tuple[int], np.dtype[np.int64]]
     newest_ms_B: np.ndarray[tuple[int], np.dtype[np.int64]]
+    memory_BLW: np.ndarray[tuple[int, int, int], np.dtype[np.float32]] | None = None
+    memory_events_B: np.ndarray[tuple[int], np.dtype[np.int64]] | None = None
+
+    def select(self, is_kept_B: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> StreamBatch:
+        """Return the users of a mask."""
+        return StreamBatch._make(None if each is None else each[is_kept_B] for each in self)
 
 
 def batch_streams(states: Sequence[UserState], now_ms: int, config: StateConfig) -> StreamBatch:

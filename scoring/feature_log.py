@@ -67,6 +67,8 @@ def served_of(ask: Ask, one: Answered, served_at_ms: int) -> Served:
         position=None if seen is None else seen.state.position,
         recent=recent,
         mid=b"" if seen is None else _held(seen.mid).tobytes(),
+        memory_version=None if seen is None else seen.memory_version,
+        num_folded=0 if seen is None else seen.num_folded,
         user_session=None
         if seen is None
         else view_session(seen.state.user_session, _held(seen.recent), seen.clock_ms, one.config),

@@ -27,6 +27,7 @@ class Snapshot:
     """One consistent look at what is live."""
 
     model_version: int | None = None
+    memory_version: str | None = None
     generation: int = 1
     config: StateConfig = field(default_factory=StateConfig)
     withdrawn: frozenset[int] = frozenset()
@@ -81,6 +82,7 @@ def read_snapshot(catalogue: CatalogueStore, last: Snapshot) -> Snapshot:
     return replace(
         snapshot,
         model_version=pointers.model_version,
+        memory_version=pointers.memory_version,
         generation=pointers.generation,
         config=config or snapshot.config,
     )

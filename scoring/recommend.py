@@ -14,17 +14,19 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from features.errors import FeatureError
 from features.keys import split_log_partition
+from features.lifelong_view import LifelongBatch, read_lifelong
 from features.store import read_users
-from features.view import StreamBatch
+from features.view import PADDING_ITEM
 from scoring.signature import NO_ITEM, WAIT_MS_MAX, Degraded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from features.config import StateConfig
+    from features.redis import StateStore
     from features.state import UserState
-    from features.user_batch import UserBatch
-    from features.view import Records
+    from features.user_batch import Bools, UserBatch
+    from features.view import Records, StreamBatch
     from scoring.live import Live, Snapshot
 
 log = logging.getLogger("moveline.recommend")
@@ -57,12 +59,19 @@ class Retrieved(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What the model was given of a user: the streams as batched, padding and all."""
+    """What the model was given of a user: the streams as batched, padding and all.
+
+    Attributes:
+        memory_version: the memories that were read; None where the model reads none.
+        num_folded: chunks in the user's; the mid-term stream is then all else but the recent one.
+    """
 
     state: UserState
     recent: Records
     mid: Records
     clock_ms: int
+    memory_version: str | None = None
+    num_folded: int = 0
 
 
 class Answered(NamedTuple):
@@ -116,9 +125,9 @@ def answer(asks: Sequence[Ask], live: Live, retrieve: Retrieve, now_ms: int) -> 
     """Return an answer for every ask, in order; whatever is away degrades it, nothing raises."""
     snapshot = live.snapshot
     drafts = [_Draft(ask) for ask in asks]
-    users = _read_when_reached(drafts, live, snapshot, now_ms)
-    if users is not None:
-        _retrieve(drafts, users, snapshot, retrieve)
+    found = _read_when_reached(drafts, live, snapshot, now_ms)
+    if found is not None:
+        _retrieve(drafts, found, snapshot, retrieve)
     for draft in drafts:
         _fill_with_trending(draft, snapshot)
     return [_finish(draft, snapshot, now_ms) for draft in drafts]
@@ -126,7 +135,7 @@ def answer(asks: Sequence[Ask], live: Live, retrieve: Retrieve, now_ms: int) -> 
 
 def _read_when_reached(
     drafts: list[_Draft], live: Live, snapshot: Snapshot, now_ms: int
-) -> UserBatch | None:
+) -> UserBatch | LifelongBatch | None:
     """Read every user's state once the positions asked for are reached, or time is up.
 
     Returns what was read, a row for each draft; None when Redis did not answer.
@@ -136,12 +145,13 @@ def _read_when_reached(
     while True:
         try:
             asked = [draft.ask.user_id for draft in drafts]
-            users = read_users(store, asked, now_ms=now_ms)
+            found = _read(store, asked, snapshot, now_ms)
         except FeatureError as error:
             log.warning("state not read: %s", error)
             for draft in drafts:
                 draft.degraded |= Degraded.STORE_AWAY
             return None
+        users = _users(found)
         waited_ms = (time.monotonic() - started) * 1000
         behind = []
         for row, draft in enumerate(drafts):
@@ -152,9 +162,23 @@ def _read_when_reached(
         if all(min(draft.ask.wait_ms, WAIT_MS_MAX) <= waited_ms for draft in behind):
             for draft in behind:
                 draft.degraded |= Degraded.POSITION_NOT_REACHED
-            return users
+            return found
         time.sleep(pause_s)
         pause_s = min(pause_s * _POLL_GROWTH, _POLL_MAX_S)
+
+
+def _read(
+    store: StateStore, user_ids: Sequence[int], snapshot: Snapshot, now_ms: int
+) -> UserBatch | LifelongBatch:
+    """Return the users' state, with memories of the version that the live model reads, if any."""
+    version = snapshot.memory_version
+    if version is None:
+        return read_users(store, user_ids, now_ms=now_ms)
+    return read_lifelong(store, user_ids, version, now_ms=now_ms)
+
+
+def _users(found: UserBatch | LifelongBatch) -> UserBatch:
+    return found.users if isinstance(found, LifelongBatch) else found
 
 
 def _reached(ask: Ask, state: UserState | None) -> bool:
@@ -171,7 +195,10 @@ def _reached(ask: Ask, state: UserState | None) -> bool:
 
 
 def _retrieve(
-    drafts: list[_Draft], users: UserBatch, snapshot: Snapshot, retrieve: Retrieve
+    drafts: list[_Draft],
+    found: UserBatch | LifelongBatch,
+    snapshot: Snapshot,
+    retrieve: Retrieve,
 ) -> None:
     """Fill the drafts of known users from the retrieval model."""
     known: list[tuple[_Draft, UserState]] = []
@@ -182,11 +209,14 @@ def _retrieve(
             known.append((draft, draft.state))
     if not known:
         return
-    streams = StreamBatch._make(column[users.known_B] for column in users.streams())
+    is_known_B = _users(found).known_B
+    streams = found.streams().select(is_known_B)
     for row, (draft, state) in enumerate(known):
         draft.newest_ms = int(streams.newest_ms_B[row])
         clock_ms = int(streams.clock_ms_B[row])
         draft.seen = Seen(state, streams.recent_BR[row], streams.mid_BM[row], clock_ms)
+    if isinstance(found, LifelongBatch):
+        _note_memories([draft for draft, _ in known], found, is_known_B, snapshot)
     try:
         excluded = [_excluded(draft) for draft, _ in known]
         retrieved = _ask(retrieve, snapshot, streams, excluded)
@@ -202,6 +232,20 @@ def _retrieve(
         _take(draft, retrieved.item_ids[row], retrieved.scores[row], snapshot)
 
 
+def _note_memories(
+    drafts: list[_Draft], found: LifelongBatch, is_known_B: Bools, snapshot: Snapshot
+) -> None:
+    """Say in the drafts of known users which memories were read, and what they lack."""
+    folded, lacks = found.num_folded_B[is_known_B], found.is_incomplete_B[is_known_B]
+    for draft, num_folded, is_incomplete in zip(drafts, folded, lacks, strict=True):
+        assert draft.seen is not None
+        draft.seen = draft.seen._replace(
+            memory_version=snapshot.memory_version, num_folded=int(num_folded)
+        )
+        if is_incomplete:
+            draft.degraded |= Degraded.LIFELONG
+
+
 def _ask(
     retrieve: Retrieve,
     snapshot: Snapshot,
@@ -214,10 +258,15 @@ def _ask(
 
 
 def _excluded(draft: _Draft) -> list[int]:
-    """Return the user's seen items, newest first, if the ask leaves them out."""
-    if not draft.ask.exclude_seen or draft.state is None:
+    """Return the user's seen items, newest first, if the ask leaves them out.
+
+    A memory cannot list what is in it.
+    """
+    seen = draft.seen
+    if not draft.ask.exclude_seen or seen is None:
         return []
-    return list(dict.fromkeys(draft.state.records["item_id"][::-1].tolist()))
+    items = [*seen.recent["item_id"][::-1].tolist(), *seen.mid["item_id"][::-1].tolist()]
+    return [item for item in dict.fromkeys(items) if item != PADDING_ITEM]
 
 
 def _take(

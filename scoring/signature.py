@@ -39,6 +39,7 @@ class Degraded(IntFlag):
     MODEL_AWAY = 4
     POSITION_NOT_REACHED = 8
     FEW_CANDIDATES = 16
+    LIFELONG = 32
 
 
 # Columns of the `provenance` output, INT64 [B, 7].

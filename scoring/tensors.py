@@ -40,6 +40,9 @@ def retrieval_inputs(
     size = len(streams.newest_ms_B)
     inputs["lifelong"] = torch.zeros(size, LIFELONG_ROWS, LIFELONG_WIDTH)
     inputs["lifelong_count"] = torch.zeros(size, 1, dtype=torch.int64)
+    if streams.memory_BLW is not None and streams.memory_events_B is not None:
+        inputs["lifelong"] = torch.from_numpy(streams.memory_BLW)
+        inputs["lifelong_count"] = torch.from_numpy(streams.memory_events_B)[:, None]
     inputs["exclude_item"] = torch.full((size, NUM_EXCLUDED), NO_ITEM, dtype=torch.int64)
     for row, items in enumerate(excluded):
         kept = torch.tensor(items[:NUM_EXCLUDED], dtype=torch.int64)

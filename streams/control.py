@@ -1,7 +1,8 @@
 """The compacted control topic: records of truth that a restored Redis follows.
 
 Newest record of a key wins. `pointers` says what is live, `promotion` what was live before it,
-`redriven:REASON` up to where dead letters were sent again.
+`memories` which memory versions are kept up to date, `redriven:REASON` up to where dead letters
+were sent again.
 """
 
 from __future__ import annotations
@@ -10,18 +11,20 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from features.lifelong import LiveMemory
 from features.redis import Pointers
 from streams.errors import DeliveryError
 from streams.kafka import KafkaConfig, make_producer, watermarks
 from streams.log_reader import LogReader
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from streams.topics import Topics
 
 POINTERS_KEY: Final = b"pointers"
 PROMOTION_KEY: Final = b"promotion"
+MEMORIES_KEY: Final = b"memories"
 _TIMEOUT_S: Final = 10.0
 
 
@@ -71,6 +74,22 @@ def read_promotion(kafka: KafkaConfig, topics: Topics) -> Promotion | None:
     """Return the last promotion, None before the first; raises as `read_pointers` does."""
     newest = read_records(kafka, topics).get(PROMOTION_KEY)
     return None if newest is None else msgspec.json.decode(newest, type=Promotion)
+
+
+def write_memories(kafka: KafkaConfig, topics: Topics, live: Sequence[LiveMemory]) -> None:
+    """Record which memory versions are kept up to date; raises as `write_pointers` does."""
+    write_records(kafka, topics, {MEMORIES_KEY: msgspec.json.encode(live)})
+
+
+def read_memories(kafka: KafkaConfig, topics: Topics) -> tuple[LiveMemory, ...]:
+    """Return the memory versions that are kept up to date; raises as `read_pointers` does."""
+    newest = read_records(kafka, topics).get(MEMORIES_KEY)
+    return decode_memories(newest) if newest else ()
+
+
+def decode_memories(raw: bytes) -> tuple[LiveMemory, ...]:
+    """Return what a record `memories` says."""
+    return msgspec.json.decode(raw, type=tuple[LiveMemory, ...])
 
 
 def write_records(kafka: KafkaConfig, topics: Topics, records: Mapping[bytes, bytes]) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from features.clock import now_ms
 from features.errors import GenerationError
 from features.generations import Generations
+from features.lifelong_store import LifelongStore
 from features.redis import CatalogueStore, Pointers, StateStore
 from features.schema import schema_hash
 from streams.chain import known_chain
@@ -20,6 +23,7 @@ from streams.control import (
 )
 from streams.event_log import logs_of
 from streams.kafka import group_is_active
+from streams.lifelong_build import COVERAGE_DEFAULT, coverage
 from streams.progress import progress_bar
 from streams.worker import group_of
 
@@ -129,6 +133,7 @@ class Installation:
         generation: int,
         *,
         model_version: int | None = None,
+        memory_version: str | None = None,
         lag_max: int = LAG_MAX,
         clock: Callable[[], int] = now_ms,
     ) -> Promotion:
@@ -139,12 +144,14 @@ class Installation:
 
         Args:
             generation: which.
-            model_version: the model that goes live with it; None keeps the live one.
+            model_version: the model that goes live with it; None keeps the live one and its memory.
+            memory_version: what that model reads, None for nothing.
             lag_max: records it may be behind.
             clock: for the record.
 
         Raises:
-            GenerationError: it is partial, behind, or the live model cannot read it.
+            GenerationError: it is partial, behind, lacks memories, or the live model cannot read
+                it.
         """
         before = read_pointers(self.kafka, self.topics)
         store = self.store(generation)
@@ -157,8 +164,12 @@ class Installation:
                 f"g{generation} is {lag:,} records behind, at most {lag_max:,} are allowed "
                 f"(--max-lag): let it catch up first: moveline worker --generation g{generation}"
             )
-        live_version = None if before is None else before.model_version
-        after = Pointers(model_version or live_version, generation)
+        if model_version is None and before is not None:
+            after = msgspec.structs.replace(before, generation=generation)
+        else:
+            after = Pointers(model_version, generation, memory_version)
+        if after.memory_version is not None:
+            self._refuse_uncovered(store, after.memory_version)
         previous = None if before is None else before.generation
         promotion = Promotion(generation, previous, clock())
         if previous != generation:
@@ -224,6 +235,17 @@ class Installation:
             raise GenerationError(
                 f"g{generation} is partial, built with `{built}`: it can be compared, not "
                 "promoted. Build a whole one: moveline replay --into gN --from earliest"
+            )
+
+    def _refuse_uncovered(self, store: StateStore, memory_version: str) -> None:
+        """Return unless too many users' memories lack something; looks at every user."""
+        users = Generations(self.client).users(store.generation, lambda _: True)
+        found = coverage(LifelongStore.of(store), users, memory_version)
+        if found.share < COVERAGE_DEFAULT:
+            raise GenerationError(
+                f"g{store.generation} has whole memories of version {memory_version} for "
+                f"{found.share:.1%} of {found.num_users:,} users, {COVERAGE_DEFAULT:.0%} "
+                f"are needed: moveline lifelong build --generation g{store.generation}"
             )
 
     def _refuse_unread(self, store: StateStore, live: Pointers | None) -> None:

@@ -17,11 +17,16 @@ import msgspec
 from features.clock import now_ms
 from features.errors import FeatureError, GenerationError
 from features.item_statistics import ItemStatistics
+from features.lifelong_store import LifelongStore
 from features.nearline import SessionStore, TileStore
 from features.redis import CatalogueStore, StateStore, connect
+from scoring.errors import ScoringError
+from scoring.triton import TritonServer
 from streams.chain import checked_chain
 from streams.errors import StreamError
+from streams.fold import TritonFold
 from streams.kafka import KafkaException, ensure_topics, make_producer, partition_count
+from streams.lifelong import Compactor
 from streams.log_reader import LogReader
 from streams.nearline_metrics import NearlineMetrics
 from streams.pointer_follower import PointerFollower
@@ -49,15 +54,18 @@ class Work(StrEnum):
     TRENDING = "trending"
     STATISTICS = "statistics"
     SWEEP = "sweep"
+    COMPACT = "compact"
     POINTERS = "pointers"
 
 
 # Ticks between two hints of the same work. A sweep looks at some 10,000 users: every fifth tick
-# it takes a fifth of a core at most, and comes round a million users in some minutes.
+# it takes a fifth of a core at most, and comes round a million users in some minutes. A round of
+# compaction is one too.
 TICKS: Final[Mapping[Work, int]] = {
     Work.TILES: 1,
     Work.POINTERS: 1,
     Work.SWEEP: 5,
+    Work.COMPACT: 5,
     Work.TRENDING: 10,
     Work.STATISTICS: 60,
 }
@@ -126,12 +134,15 @@ class Parts:
     counters: list[TileCounter]
     popularity: Popularity
     sweeper: SessionSweeper
+    compactor: Compactor
+    triton: TritonServer
     follower: PointerFollower
     statistics: ItemStatistics
 
     def close(self) -> None:
         """Give connections and files back."""
         self.reader.close()
+        self.triton.close()
         self.statistics.close()
 
     def count(self, partition: int, *, budget_s: float) -> int:
@@ -166,6 +177,9 @@ def open_parts(config: NearlineConfig, metrics: NearlineMetrics) -> Parts:
     # Tiles of all topics are the same ones; only the marks are apart.
     tiles = TileStore(client, config.generation)
     statistics = ItemStatistics(config.redis_url, rules)
+    states = StateStore(client, config.generation, rules)
+    sessions = SessionStore(client, config.generation)
+    triton = TritonServer(config.triton)  # connects when it is first asked
     return Parts(
         reader,
         [
@@ -182,8 +196,8 @@ def open_parts(config: NearlineConfig, metrics: NearlineMetrics) -> Parts:
         ],
         Popularity(tiles, catalogue, chain.num_partitions_max, statistics, metrics),
         SessionSweeper(
-            StateStore(client, config.generation, rules),
-            SessionStore(client, config.generation),
+            states,
+            sessions,
             reader,
             make_producer(config.kafka),
             topics,
@@ -191,6 +205,8 @@ def open_parts(config: NearlineConfig, metrics: NearlineMetrics) -> Parts:
             int(config.lateness_s * 1000),
             metrics,
         ),
+        Compactor(LifelongStore.of(states), sessions, TritonFold(triton), metrics),
+        triton,
         PointerFollower(reader, config.topics.control, catalogue, metrics),
         statistics,
     )
@@ -229,7 +245,7 @@ class Nearline:
         try:
             with self.metrics.seconds.labels(hint.work).time():
                 self._do(hint)
-        except (FeatureError, StreamError, KafkaException) as error:
+        except (FeatureError, StreamError, ScoringError, KafkaException) as error:
             log.warning("%s: %s", hint.work, error)
             self.metrics.failures.labels(hint.work).inc()
             self.last_error = f"{hint.work}: {error}"
@@ -254,6 +270,8 @@ class Nearline:
                 self.widths = prepare_topics(self.config)
         elif hint.work is Work.SWEEP:
             parts.sweeper.step(budget_s=BUDGET_S)
+        elif hint.work is Work.COMPACT:
+            parts.compactor.step(budget_s=BUDGET_S)
         elif hint.work is Work.TRENDING:
             parts.popularity.put_trending()
         elif hint.work is Work.STATISTICS:

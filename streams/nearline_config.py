@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 PORT_DEFAULT: Final = 6066
+TRITON_DEFAULT: Final = "127.0.0.1:8001"
 # How long after its gap a session may still be continued by an event that was on its way.
 LATENESS_S_DEFAULT: Final = 60.0
 _PREFIX: Final = "MOVELINE_"
@@ -33,6 +34,7 @@ class NearlineConfig:
         generation: the state whose sessions are swept, and under whose rules events count.
         port: Faust's web port, with /moveline/status on it.
         metrics_port: where Prometheus scrapes; 0 takes a free one.
+        triton: host:port of the server that folds chunks.
         lateness_s: how long after its gap a session waits for late events before it closes.
     """
 
@@ -43,6 +45,7 @@ class NearlineConfig:
     port: int = PORT_DEFAULT
     metrics_port: int = METRICS_PORT_DEFAULT
     lateness_s: float = LATENESS_S_DEFAULT
+    triton: str = TRITON_DEFAULT
 
     @property
     def app_id(self) -> str:
@@ -56,6 +59,7 @@ class NearlineConfig:
             f"{_PREFIX}KAFKA__PROPERTIES": json.dumps(dict(self.kafka.properties)),
             f"{_PREFIX}KAFKA__PREFIX": self.topics.prefix,
             f"{_PREFIX}REDIS__URL": self.redis_url,
+            f"{_PREFIX}TRITON__GRPC": self.triton,
             f"{_PREFIX}GENERATION": f"g{self.generation}",
             f"{_PREFIX}NEARLINE__PORT": str(self.port),
             f"{_PREFIX}NEARLINE__METRICS_PORT": str(self.metrics_port),
@@ -84,6 +88,7 @@ def from_environment(environment: Mapping[str, str]) -> NearlineConfig:
             generation=parse_generation("g" + read("GENERATION", "g1").removeprefix("g")),
             port=_port(read("NEARLINE__PORT", PORT_DEFAULT)),
             metrics_port=_port(read("NEARLINE__METRICS_PORT", METRICS_PORT_DEFAULT)),
+            triton=read("TRITON__GRPC", TRITON_DEFAULT),
             lateness_s=max(0.0, float(read("NEARLINE__LATENESS_S", LATENESS_S_DEFAULT))),
         )
     except ValueError as error:

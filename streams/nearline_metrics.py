@@ -43,6 +43,24 @@ class NearlineMetrics:
         self.rankings = counter("trending_writes", "times the trending items were replaced")
         self.pushed = counter("statistics_rows", "item_statistics rows pushed through Feast")
         self.healed = counter("pointers_healed", "times Redis' pointers were put right")
+        self.chunks_folded = counter("chunks_folded", "chunks handed to the compressor")
+        self.folds_refused = counter(
+            "folds_refused", "memories not written: another app was faster, or Redis went back"
+        )
+        self.chunks_left = counter(
+            "chunks_left", "chunks that left Redis because every live memory has folded them"
+        )
+        self.memories_damaged = counter("memories_damaged", "memories removed: no such bytes")
+        self.chunks_behind = Gauge(
+            "moveline_nearline_chunks_behind",
+            "chunks not yet in every live memory, by the last round",
+            registry=self.registry,
+        )
+        self.memories_incomplete = Gauge(
+            "moveline_nearline_memories_incomplete",
+            "users whose chunks left Redis before a live memory had them, by the last round",
+            registry=self.registry,
+        )
         self.lag = Gauge(
             "moveline_nearline_lag_events",
             "records not yet counted in tiles",

@@ -1,4 +1,4 @@
-"""Keeps Redis' pointers equal to the newest record of the control topic."""
+"""Keeps Redis' pointers and live memory versions equal to the control topic's newest records."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from features.lifelong_store import get_live_memories, put_live_memories
 from features.redis import Pointers
-from streams.control import POINTERS_KEY
+from streams.control import MEMORIES_KEY, POINTERS_KEY, decode_memories
 from streams.nearline_metrics import NearlineMetrics
 
 if TYPE_CHECKING:
+    from features.lifelong import LiveMemory
     from features.redis import CatalogueStore
     from streams.log_reader import LogReader
 
@@ -23,7 +25,7 @@ _TRIES_MAX: Final = 10
 
 @dataclass
 class PointerFollower:
-    """Remembers how far the control topic is read, and what its newest pointers are."""
+    """Remembers how far the control topic is read, and what its newest records are."""
 
     reader: LogReader
     topic: str
@@ -31,6 +33,7 @@ class PointerFollower:
     metrics: NearlineMetrics = field(default_factory=NearlineMetrics)
     next_offset: int = 0
     newest: Pointers | None = None
+    memories: tuple[LiveMemory, ...] | None = None
 
     def heal(self) -> bool:
         """Make Redis say what the topic says; return whether it had said something else.
@@ -46,12 +49,27 @@ class PointerFollower:
         for _ in range(_TRIES_MAX):
             if not self._read_on() and healed:
                 break
-            if self.newest is None or self.newest == self.catalogue.get_pointers():
+            differs = self._put_pointers()
+            if not (self._put_memories() or differs):
                 break
-            self.catalogue.put_pointers(self.newest)
             healed = True
         self.metrics.healed.inc(healed)
         return healed
+
+    def _put_pointers(self) -> bool:
+        """Make Redis name what is live; return whether it had named something else."""
+        if self.newest is None or self.newest == self.catalogue.get_pointers():
+            return False
+        self.catalogue.put_pointers(self.newest)
+        return True
+
+    def _put_memories(self) -> bool:
+        """Likewise, the memory versions that are kept up to date."""
+        client = self.catalogue.client
+        if self.memories is None or self.memories == get_live_memories(client):
+            return False
+        put_live_memories(client, self.memories)
+        return True
 
     def _read_on(self) -> bool:
         """Read what is new; return whether there was anything."""
@@ -61,5 +79,7 @@ class PointerFollower:
             for message in messages:
                 if message.key() == POINTERS_KEY and message.value():
                     self.newest = msgspec.json.decode(message.value() or b"", type=Pointers)
+                elif message.key() == MEMORIES_KEY and message.value():
+                    self.memories = decode_memories(message.value() or b"")
         self.next_offset = high
         return start < high

@@ -5,21 +5,23 @@ Legend: B users, N events, V items.
 
 import hashlib
 import json
+import statistics
+import time
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
+from trainer.batches import PADDING
 from trainer.errors import ExportError
 from trainer.models.lifelong import Compressor, memory_version
 from trainer.models.serving import (
     NUM_EXCLUDED,
-    PADDING,
     GemsServing,
     Tensors,
     compressor_input_signature,
@@ -48,6 +50,9 @@ MAX_FOLDED = 65_536
 EXAMPLE_BATCH = 2
 # Likewise the events that the compressor is traced with.
 EXAMPLE_EVENTS = 8
+MID_ATTENTIONS: Final[tuple[Literal["full", "indexer"], ...]] = ("full", "indexer")
+# Calls whose median decides between two ways to attend; the first ones warm up.
+NUM_TIMED_CALLS = 15
 # A pickle begins with its protocol opcode and a version; torch writes protocols 2 to 5.
 PICKLE_STARTS = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
 # Files inside the package that hold raw numbers and may begin with any bytes.
@@ -83,6 +88,8 @@ def export(trained: Trained, staging: Path, provenance: Provenance) -> dict[str,
         msg = f"{staging} is not empty; give an empty staging directory"
         raise ExportError(msg)
     serving = GemsServing(trained.model, trained.vocabulary).eval()
+    if trained.config.model.mid_attention == "measured":
+        serving.choose_mid_attention(faster_mid_attention(serving))
     save_package(exported(serving), staging / MODEL_FILE)
     ids = trained.vocabulary.item_ids_V.astype("<i8").tobytes()
     (staging / ITEM_IDS_FILE).write_bytes(ids)
@@ -93,13 +100,46 @@ def export(trained: Trained, staging: Path, provenance: Provenance) -> dict[str,
         files.append(COMPRESSOR_FILE)
         manifest["memory_version"] = memory_version(trained.model.compressor)
     manifest["files"] = {name: sha256_of(staging / name) for name in files}
-    write_manifest(manifest, staging / MANIFEST_FILE)
+    (staging / MANIFEST_FILE).write_bytes(manifest_bytes(manifest))
     return manifest
 
 
-def write_manifest(manifest: Mapping[str, Any], path: Path) -> None:
-    """Write a manifest the way every manifest is written."""
-    path.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def faster_mid_attention(serving: GemsServing) -> Literal["full", "indexer"]:
+    """Which attention answers one user with full streams faster on this machine, in one thread.
+
+    Full attention reads every key; the indexer scores every key, cheaper, and gathers a few. On a
+    CPU and with short streams the gathering costs more than it saves.
+    """
+    inputs = example_inputs(serving, batch=1)
+    names = [spec.name for spec in input_signature(serving.model.config, num_items=len(inputs[-1]))]
+    known = serving.item_ids_V[:1]
+    filled = [
+        known.expand_as(tensor) if name in {"recent_item", "mid_item"} else tensor
+        for name, tensor in zip(names, inputs, strict=True)
+    ]
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    seconds = {choice: _median_s(serving, choice, filled) for choice in MID_ATTENTIONS}
+    torch.set_num_threads(num_threads)
+    return min(MID_ATTENTIONS, key=lambda choice: seconds[choice])
+
+
+def _median_s(
+    serving: GemsServing, choice: Literal["full", "indexer"], inputs: list[Tensor]
+) -> float:
+    serving.choose_mid_attention(choice)
+    taken = []
+    with torch.inference_mode():
+        for _ in range(NUM_TIMED_CALLS):
+            started = time.perf_counter()
+            serving(*inputs)
+            taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
+
+
+def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
+    """A manifest as it is written, here and where it is published."""
+    return (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode()
 
 
 def exported_compressor(compressor: Compressor) -> ExportedProgram:
@@ -196,7 +236,7 @@ def verify(directory: Path) -> dict[str, Any]:
     Raises:
         ExportError: A file is missing or differs from its hash, or the manifest names none.
     """
-    manifest = _read_manifest(directory / MANIFEST_FILE)
+    manifest = read_manifest(directory / MANIFEST_FILE)
     for name, expected in manifest["files"].items():
         path = directory / name
         actual = sha256_of(path) if path.is_file() else "no such file"
@@ -206,7 +246,12 @@ def verify(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read a manifest without looking at the files beside it.
+
+    Raises:
+        ExportError: It is none, or of another version.
+    """
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -215,6 +260,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     hashes = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(hashes, dict) or not {MODEL_FILE, ITEM_IDS_FILE} <= hashes.keys():
         msg = f"{path} does not name the files of a package; export again"
+        raise ExportError(msg)
+    if manifest.get("manifest_version") != MANIFEST_VERSION:
+        msg = (
+            f"{path} has version {manifest.get('manifest_version')}, this Moveline reads "
+            f"{MANIFEST_VERSION}; train and export again: moveline train"
+        )
         raise ExportError(msg)
     read: dict[str, Any] = manifest
     return read
@@ -246,6 +297,7 @@ def _manifest(trained: Trained, serving: GemsServing, provenance: Provenance) ->
         "inputs": [_described(spec) for spec in inputs],
         "outputs": [_described(spec) for spec in output_signature()],
         "max_mid": MAX_MID,
+        "mid_attention": serving.mid_attention,
         # None until a compressor is exported beside the model.
         "memory_version": None,
         "compressor_inputs": [_described(spec) for spec in compressor_input_signature()],

@@ -47,7 +47,10 @@ class Learner(nn.Module, ABC, Generic[BatchT]):
 
     @abstractmethod
     def loss(self, batch: BatchT) -> Tensor:
-        """The loss, a mean over the targets of the batch; finite where there is none."""
+        """The loss, a mean over the targets of the batch; finite where there is none.
+
+        A part that is a mean over something else counts by the targets too when ranks are averaged.
+        """
 
     @abstractmethod
     def num_targets(self, batch: BatchT) -> int:

@@ -1,9 +1,12 @@
 """Semantic ids by residual k-means: three codes an item, no two items alike.
 
 Source: GEMs, arXiv 2602.13631, section on item tokenisation (three levels of residual k-means).
-That cells are bounded, and how a collision is resolved, is ours.
+That cells are bounded, how a collision is resolved, and how new items join, is ours.
 
-Legend: V items, D dimensions, K codes of a level.
+Ties are broken at the last level: items that share their first two codes differ in the third, one
+item a cell, the nearest item first, then the smaller item index.
+
+Legend: V items, N new items, D dimensions, K codes of a level.
 """
 
 import math
@@ -50,12 +53,10 @@ def learn_semantic_ids(
         msg = f"{num_items} items do not fit the {places} semantic ids of {sizes}; raise code_sizes"
         raise VocabularyError(msg)
     generator = torch.Generator().manual_seed(seed)
-    fair_share = math.ceil(MAX_FIRST_LEVEL_SHARE * num_items / sizes[0])
-    capacities = (min(fair_share, sizes[1] * sizes[2]), sizes[2], 1)
     residual = vectors_VD
     cell_V = torch.zeros(num_items, dtype=torch.int64)
     codes: list[Tensor] = []
-    for num_codes, capacity in zip(sizes, capacities, strict=True):
+    for num_codes, capacity in zip(sizes, capacities(num_items, sizes), strict=True):
         centres_KD = _k_means(residual, num_codes, generator)
         distance_VK = _squared_distances(residual, centres_KD)
         code_V = assign_bounded(distance_VK, cell_V, capacity=capacity)
@@ -63,6 +64,67 @@ def learn_semantic_ids(
         cell_V = cell_V * num_codes + code_V
         residual = residual - centres_KD[code_V]
     return SemanticIds(torch.stack(codes, dim=1), sizes)
+
+
+def extend_semantic_ids(
+    semantic_ids: SemanticIds, vectors_VD: Tensor, new_vectors_ND: Tensor
+) -> SemanticIds:
+    """Give new items triples of their own behind the old ones, none of which moves.
+
+    A code's centre is the mean of what stands there, so that nothing but the ids and the vectors
+    has to be kept. A cell of old items is as full as they make it; what is left of it is shared
+    among the new ones by the rule of `learn_semantic_ids`.
+
+    Args:
+        semantic_ids: Of the old items.
+        vectors_VD: What they were learned from.
+        new_vectors_ND: Vectors of the new items in the same space.
+
+    Returns:
+        Codes [V + N, 3]: the old rows as they were, then the new ones.
+
+    Raises:
+        VocabularyError: There are more items than places.
+    """
+    num_old, sizes = len(vectors_VD), semantic_ids.sizes
+    vectors = torch.cat((vectors_VD, new_vectors_ND))
+    places = math.prod(sizes)
+    if len(vectors) > places:
+        msg = (
+            f"{len(new_vectors_ND)} new items beside {num_old} do not fit the {places} semantic "
+            f"ids of {sizes}; train with larger code_sizes"
+        )
+        raise VocabularyError(msg)
+    residual, cell = vectors, torch.zeros(len(vectors), dtype=torch.int64)
+    codes: list[Tensor] = []
+    for old_V, num_codes, capacity in zip(
+        semantic_ids.codes_V3.unbind(1), sizes, capacities(len(vectors), sizes), strict=True
+    ):
+        centres_KD, used_K = _means(residual[:num_old], old_V, num_codes)
+        distance = _squared_distances(residual, centres_KD)
+        # A code nobody stands at has no centre: it comes last, where all others are full.
+        distance[:, ~used_K] = torch.finfo(distance.dtype).max
+        # An old item proposes to its own code first and is nearer to it than anyone.
+        distance[torch.arange(num_old), old_V] = -torch.inf
+        code = assign_bounded(distance, cell, capacity=capacity)
+        assert torch.equal(code[:num_old], old_V), "an old item moved"
+        codes.append(code)
+        cell = cell * num_codes + code
+        residual = residual - centres_KD[code]
+    return SemanticIds(torch.stack(codes, dim=1), sizes)
+
+
+def capacities(num_items: int, sizes: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Items that a cell of each level may hold."""
+    fair_share = math.ceil(MAX_FIRST_LEVEL_SHARE * num_items / sizes[0])
+    return min(fair_share, sizes[1] * sizes[2]), sizes[2], 1
+
+
+def _means(vectors_VD: Tensor, code_V: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    """The mean of the vectors at each code [K, D], and which codes have any [K]."""
+    total = torch.zeros(num_codes, vectors_VD.shape[1]).index_add_(0, code_V, vectors_VD)
+    count = torch.bincount(code_V, minlength=num_codes)
+    return total / count.clamp(min=1).unsqueeze(1), count > 0
 
 
 def assign_bounded(distance_VK: Tensor, parent_V: Tensor, *, capacity: int) -> Tensor:

@@ -84,8 +84,21 @@ class GemsLearner(Learner[Batch]):
         return int(batch.recent.mask.sum()) + int(batch.mid.mask.sum()) + older
 
 
-def train(log: EventLog, config: TrainConfig, outputs: Outputs = NO_OUTPUTS) -> Trained:
+def train(
+    log: EventLog,
+    config: TrainConfig,
+    outputs: Outputs = NO_OUTPUTS,
+    *,
+    compressor: Compressor | None = None,
+) -> Trained:
     """Learn semantic ids and the model from the events up to the split.
+
+    Args:
+        log: The events.
+        config: What and how long.
+        outputs: Where the run leaves its traces.
+        compressor: Of an earlier model, used as it is: the new model then reads the memories that
+            exist. Left out, a compressor is learned, and memories have to be made anew.
 
     Raises:
         EmptyWindowError: There is nothing to learn from.
@@ -108,7 +121,7 @@ def train(log: EventLog, config: TrainConfig, outputs: Outputs = NO_OUTPUTS) -> 
         num_mid=config.model.num_mid,
         num_older=config.model.num_older_read,
     )
-    model = new_model(log, vocabulary, config, tables_ms=split_ms)
+    model = new_model(log, vocabulary, config, tables_ms=split_ms, compressor=compressor)
     fitted = fit(
         GemsLearner(model),
         LabelExamples(source, learnable, config.num_targets),
@@ -138,12 +151,21 @@ def training_stages(model: Gems) -> list[Stage]:
     """The three stages of the paper's section on training; none for a model without an indexer."""
     if model.config.used_indexer is None:
         return []
-    shares = zip(STAGE_BEGINS, (FULL, DISTIL, TOP_K), strict=True)
-    return [Stage(begin, partial(model.set_stage, number)) for begin, number in shares]
+    first, second, third = STAGE_BEGINS
+    return [
+        Stage(first, partial(model.set_stage, FULL)),
+        Stage(second, partial(model.set_stage, DISTIL)),
+        Stage(third, partial(model.set_stage, TOP_K)),
+    ]
 
 
 def new_model(
-    log: EventLog, vocabulary: Vocabulary, config: TrainConfig, *, tables_ms: int
+    log: EventLog,
+    vocabulary: Vocabulary,
+    config: TrainConfig,
+    *,
+    tables_ms: int,
+    compressor: Compressor | None = None,
 ) -> Gems:
     """A model whose items carry vectors and semantic ids read off the log, otherwise untrained.
 
@@ -152,6 +174,7 @@ def new_model(
         vocabulary: The items to recommend.
         config: Sizes and seed.
         tables_ms: Vectors and counts come from events up to here.
+        compressor: One to be used and frozen; a fresh one if left out.
     """
     vectors = co_occurrence_vectors(log, vocabulary, split_ms=tables_ms, seed=config.loop.seed)
     described = with_domains(vectors, log, vocabulary)
@@ -167,7 +190,9 @@ def new_model(
             item_ids_V=torch.from_numpy(vocabulary.item_ids_V),
             domain_ids=torch.from_numpy(vocabulary.domain_ids),
             item_vectors_VE=vectors,
-        ),
+        )
+        if compressor is None
+        else compressor.requires_grad_(requires_grad=False),
     )
 
 

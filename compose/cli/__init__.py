@@ -15,6 +15,7 @@ from compose.cli import (
     data,
     forget,
     lake,
+    lifelong,
     models,
     nearline,
     operate,
@@ -45,6 +46,7 @@ app = typer.Typer(
 stack.register(app)
 data.register(app)
 lake.register(app)
+lifelong.register(app)
 models.register(app)
 answers.register(app)
 operate.register(app)

@@ -36,14 +36,17 @@ def nearline(
     ] = LATENESS_S_DEFAULT,
     kafka: options.Kafka = None,
     redis: options.Redis = None,
+    triton: options.Triton = None,
     generation: options.Generation = None,
     config: options.Config = None,
 ) -> None:
-    """Keep trending items, item statistics, closed sessions and pointers up to date until Ctrl-C.
+    """Keep trending items, sessions, memories and pointers up to date until Ctrl-C.
 
     This process becomes `faust -A streams.app worker`. Run several to share the work.
     """
-    settings = options.settings_of(config, kafka=kafka, redis=redis, generation=generation)
+    settings = options.settings_of(
+        config, kafka=kafka, redis=redis, triton=triton, generation=generation
+    )
     kafka_config, topics = options.kafka_of(settings)
     nearline_config = NearlineConfig(
         kafka=kafka_config,
@@ -52,6 +55,7 @@ def nearline(
         generation=settings.generation_number,
         port=port,
         metrics_port=metrics_port,
+        triton=settings.triton.grpc,
         lateness_s=lateness,
     )
     environment = os.environ | nearline_config.to_environment()

@@ -168,15 +168,20 @@ def promote(
     max_lag: MaxLag = None,
     kafka: options.Kafka = None,
     redis: options.Redis = None,
+    repository: options.Repository = None,
     config: options.Config = None,
 ) -> None:
     """Make a generation the live one for every reader; `moveline demote` takes it back."""
+    from compose.memories import memory_of
     from streams.generations import LAG_MAX
 
-    here = installation(options.settings_of(config, kafka=kafka, redis=redis))
+    settings = options.settings_of(config, kafka=kafka, redis=redis, repository=repository)
+    here = installation(settings)
+    memory = memory_of(settings.model_repository, model_version) if model_version else None
     done = here.promote(
         _number(generation),
         model_version=model_version,
+        memory_version=None if memory is None else memory.memory_version,
         lag_max=LAG_MAX if max_lag is None else max_lag,
     )
     _print_promotion(done)

@@ -1,10 +1,11 @@
 -- Write the users of one bucket, and how far their partition is applied, all of it or nothing.
--- KEYS[1] the bucket's checkpoints (hash)    KEYS[2], KEYS[3], ... row and chunks of each user
+-- KEYS[1] the bucket's checkpoints (hash)    KEYS[2], KEYS[3], ... row and chunks of each user;
+-- after those of all users, the memories of each that is forgotten
 -- ARGV[1] the checkpoint's field, "source:partition"
 -- ARGV[2] the checkpoint this write was computed from, empty when there is none yet
 -- ARGV[3] the checkpoint after it            ARGV[4] where a row's position starts, from its end
 -- then for each user: expected position (empty when no row is expected), bytes of the old row to
--- keep (-1 replaces it, -2 drops the user's chunks as well), bytes to write, how many chunk
+-- keep (-1 replaces it, -2 drops chunks and memories as well), bytes to write, how many chunk
 -- arguments follow, chunk number, records...
 -- Returns 1 when written, 0 when the checkpoint differs, -n when user n's row differs.
 if (redis.call('HGET', KEYS[1], ARGV[1]) or '') ~= ARGV[2] then
@@ -13,7 +14,8 @@ end
 local from_end = tonumber(ARGV[4])
 local starts = {}
 local at = 5
-for user = 1, (#KEYS - 1) / 2 do
+while at <= #ARGV do
+  local user = #starts + 1
   local row = KEYS[2 * user]
   if redis.call('GETRANGE', row, -from_end, -from_end + 15) ~= ARGV[at] then
     return -user
@@ -21,12 +23,14 @@ for user = 1, (#KEYS - 1) / 2 do
   starts[user] = at
   at = at + 4 + tonumber(ARGV[at + 3])
 end
+local memories = 2 * #starts + 1
 for user, start in ipairs(starts) do
   local keep = tonumber(ARGV[start + 1])
   if keep < 0 then
     redis.call('SET', KEYS[2 * user], ARGV[start + 2])
     if keep == -2 then
-      redis.call('DEL', KEYS[2 * user + 1])
+      memories = memories + 1
+      redis.call('DEL', KEYS[2 * user + 1], KEYS[memories])
     end
   else
     redis.call('SETRANGE', KEYS[2 * user], keep, ARGV[start + 2])

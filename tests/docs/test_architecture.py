@@ -15,10 +15,11 @@ import pytest
 
 from features.config import StateConfig
 from features.events import EVENT_VERSION
+from features.lifelong import MEMORY_BYTES
 from features.row import ROW_FORMAT, TRAILER_BYTES, newest_bytes
 from features.schema import schema_hash
 from features.state import RECORD_BYTES
-from scoring.signature import LIFELONG_SLOTS, LIFELONG_WIDTH, NUM_EXCLUDED, USERS_MAX
+from scoring.signature import LIFELONG_ROWS, LIFELONG_WIDTH, NUM_EXCLUDED, USERS_MAX
 from streams.chunk_cap import WAITING_CHUNKS_DEFAULT
 from trainer.export import MANIFEST_VERSION
 
@@ -77,7 +78,7 @@ def paths_in(text: str) -> set[str]:
 def test_every_path_exists(document: str, repository: Path) -> None:
     named = paths_in((repository / document).read_text(encoding="utf-8"))
     # Versions are written by a publication and are in no clone.
-    named = {re.sub(r"^model_repo/gems/(N|VERSION)$", "model_repo/gems", path) for path in named}
+    named = {re.sub(r"^(model_repo/\w+)/(N|VERSION)$", r"\1", path) for path in named}
     absent = {path for path in named if not (repository / path).exists()}
     # The picture and the texts name modules without their ending.
     assert {path for path in absent if not (repository / f"{path}.py").is_file()} == set()
@@ -157,13 +158,15 @@ def test_sizes_are_those_of_the_formats(architecture: str, table: Table) -> None
         newest_bytes(large.tail_max - 1),
         (10_000 - streams) // small.chunk * small.chunk * RECORD_BYTES,
         WAITING_CHUNKS_DEFAULT * small.chunk * RECORD_BYTES,
+        MEMORY_BYTES,
+        newest_bytes(small.tail_max - 1) + MEMORY_BYTES + 3 * 4,
         append,
         leave,
         ((small.chunk - 1) * append + leave) // small.chunk,
         newest_bytes(streams),
         USERS_MAX * newest_bytes(streams),
         newest_bytes(small.recent),
-        streams * 5 * 8 + LIFELONG_SLOTS * (LIFELONG_WIDTH * 4 + 8) + NUM_EXCLUDED * 8,
+        streams * 5 * 8 + LIFELONG_ROWS * LIFELONG_WIDTH * 4 + 8 + NUM_EXCLUDED * 8,
         10 * 12 + 7 * 8 + 3 * 4,
     }
 

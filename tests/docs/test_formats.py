@@ -174,7 +174,7 @@ def test_manifest_keys(formats: str, table: Table) -> None:
     assert set(first_names(table(formats, "key of the manifest", "what"))) == written
 
 
-@pytest.mark.parametrize("model", ["recommend", "gems"])
+@pytest.mark.parametrize("model", ["recommend", "gems", "lifelong"])
 def test_tensors(model: str, formats: str, repository: Path) -> None:
     text = (repository / "model_repo" / model / "config.pbtxt").read_text(encoding="utf-8")
     config: Any = text_format.Parse(text, model_config_pb2.ModelConfig())

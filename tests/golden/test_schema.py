@@ -12,9 +12,10 @@ import pyarrow as pa
 
 from features.config import StateConfig, config_from_json
 from features.lake import LAKE_SCHEMA, file_name
+from features.lifelong import LiveMemory
 from features.redis import Pointers, Trending
 from features.schema import SERVICES, schema_hash, views
-from scoring.signature import LIFELONG_SLOTS, LIFELONG_WIDTH
+from scoring.signature import LIFELONG_ROWS, LIFELONG_WIDTH
 
 CONFIG_JSON = (
     b'{"actions":["impression","click","view","like","dislike","cart","purchase","rating"],'
@@ -25,12 +26,12 @@ CONFIG_JSON = (
 
 
 def test_the_schema_hash() -> None:
-    assert schema_hash(StateConfig()) == "ae1b464c90482dd0"
+    assert schema_hash(StateConfig()) == "7f69043ab68ce8e8"
 
 
 def test_what_a_model_reads_is_as_large_as_its_place_in_the_schema() -> None:
     shapes = {f.name: f.shape for view in views(StateConfig()) for f in view.features}
-    assert shapes["lifelong_memory"] == (LIFELONG_SLOTS, LIFELONG_WIDTH)
+    assert shapes["lifelong_memory"] == (LIFELONG_ROWS, LIFELONG_WIDTH)
     assert shapes["recent_item_id"] == (64,)
 
 
@@ -62,6 +63,11 @@ def test_the_recorded_rules_of_a_generation() -> None:
 def test_pointers_and_trending() -> None:
     assert msgspec.json.encode(Pointers(3, 1)) == b'{"model_version":3,"generation":1}'
     assert msgspec.json.encode(Pointers(None, 2)) == b'{"model_version":null,"generation":2}'
+    with_memory = b'{"model_version":3,"generation":1,"memory_version":"00ff00ff00ff00ff"}'
+    assert msgspec.json.encode(Pointers(3, 1, "00ff00ff00ff00ff")) == with_memory
+    assert msgspec.json.decode(with_memory, type=Pointers).memory_version == "00ff00ff00ff00ff"
+    memories = b'[{"memory_version":"00ff00ff00ff00ff","lifelong_model_version":3}]'
+    assert msgspec.json.encode([LiveMemory("00ff00ff00ff00ff", 3)]) == memories
     trending = b'{"item_ids":[7,8],"scores":[0.5,0.25]}'
     assert msgspec.json.encode(Trending((7, 8), (0.5, 0.25))) == trending
 

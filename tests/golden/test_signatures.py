@@ -20,8 +20,8 @@ from features.view import batch_streams
 from scoring import client, signature
 from scoring.tensors import retrieval_inputs
 from trainer import export
-from trainer.models import beam, serving
-from trainer.models.gems import GemsConfig
+from trainer.models import beam, lifelong, serving
+from trainer.models.config import GemsConfig
 
 REPOSITORY = Path(__file__).parents[2]
 INT64, FP32 = "TYPE_INT64", "TYPE_FP32"
@@ -39,10 +39,14 @@ GEMS_INPUTS = {
     **{f"recent_{name}": (INT64, (-1, -1)) for name in STREAM_FIELDS},
     **{f"mid_{name}": (INT64, (-1, -1)) for name in STREAM_FIELDS},
     "lifelong": (FP32, (-1, -1, -1)),
-    "lifelong_mask": (INT64, (-1, -1)),
+    "lifelong_count": (INT64, (-1, -1)),
     "exclude_item": (INT64, (-1, -1)),
     "withdrawn": (INT64, (-1,)),
 }
+LIFELONG_INPUTS = dict.fromkeys(
+    ("item", "action", "domain", "dwell_ms", "event_time_ms"), (INT64, (-1, -1))
+)
+LIFELONG_OUTPUTS = {"state": (FP32, (-1, 64, 64)), "count": (INT64, (-1, 1))}
 GEMS_OUTPUTS = {
     "item_id": (INT64, (-1, -1)),
     "score": (FP32, (-1, -1)),
@@ -88,6 +92,19 @@ def test_gems() -> None:
     assert config.version_policy.latest.num_versions == 2
 
 
+def test_lifelong() -> None:
+    config = read_config("lifelong")
+    assert (config.name, config.backend) == (signature.LIFELONG_MODEL, "python")
+    assert tensors(config.input) == LIFELONG_INPUTS
+    assert tensors(config.output) == LIFELONG_OUTPUTS
+    assert config.max_batch_size == 0
+    assert config.version_policy.latest.num_versions == 2
+    exported = serving.compressor_input_signature()
+    assert [spec.name for spec in exported] == list(LIFELONG_INPUTS)
+    state, count = serving.compressor_output_signature()
+    assert (state.name, count.name) == tuple(LIFELONG_OUTPUTS)
+
+
 def test_provenance_and_degraded_flags() -> None:
     assert signature.PROVENANCE == (
         "model_version",
@@ -104,6 +121,7 @@ def test_provenance_and_degraded_flags() -> None:
         "MODEL_AWAY": 4,
         "POSITION_NOT_REACHED": 8,
         "FEW_CANDIDATES": 16,
+        "LIFELONG": 32,
     }
 
 
@@ -131,7 +149,7 @@ def test_recommend_sends_what_gems_takes() -> None:
 
 
 def test_what_trainer_exports_is_what_gems_is_sent() -> None:
-    """Only `available` differs: gems makes it from `withdrawn`, and the mask from its integers."""
+    """Only `available` differs: gems makes it from `withdrawn`."""
     exported = serving.input_signature(GemsConfig(), num_items=5)
     assert [spec.name for spec in exported] == [*list(GEMS_INPUTS)[:-1], "available"]
     sent = retrieval_inputs(batch_streams([], 0, StateConfig()), [], frozenset())
@@ -146,5 +164,5 @@ def test_limits_that_two_packages_name_are_equal() -> None:
     assert serving.NUM_EXCLUDED == signature.NUM_EXCLUDED == 512
     assert serving.PADDING == signature.NO_ITEM == -1
     assert export.MAX_BATCH == signature.USERS_MAX == 64
-    assert GemsConfig().num_lifelong == signature.LIFELONG_SLOTS == 16
-    assert GemsConfig().lifelong_width == signature.LIFELONG_WIDTH == 64
+    assert lifelong.NUM_ROWS == signature.LIFELONG_ROWS == 64
+    assert lifelong.VALUE_WIDTH == signature.LIFELONG_WIDTH == 64

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from scoring.signature import LIFELONG_SLOTS, LIFELONG_WIDTH
 from tests.small import SMALL
 from trainer.dataset import EventLog
 from trainer.loop import LoopConfig
@@ -52,8 +51,6 @@ def tiny_training() -> TrainConfig:
             num_recent_layers=1,
             num_recent=SMALL.recent,
             num_mid=SMALL.mid,
-            num_lifelong=LIFELONG_SLOTS,
-            lifelong_width=LIFELONG_WIDTH,
             dropout=0.0,
         ),
     )

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.dataset import LabelGroups
+from tests.trainer.conftest import small_model, small_training
+from trainer.dataset import EventLog, LabelGroups
 from trainer.errors import ExportError
 from trainer.export import (
     COMPRESSOR_FILE,
@@ -21,11 +22,12 @@ from trainer.export import (
     Provenance,
     example_inputs,
     export,
+    faster_mid_attention,
     pickles_in,
     verify,
 )
 from trainer.models.serving import K_MAX, PADDING, GemsServing
-from trainer.train import Trained
+from trainer.train import Trained, train
 
 PROVENANCE = Provenance(
     name="gems",
@@ -84,6 +86,51 @@ def test_package_equals_eager(directory: Path, trained: Trained, batch: int) -> 
     assert torch.equal(actual[0], expected[0])
     for got, wanted in zip(actual[1:], expected[1:], strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
+
+
+def test_a_thousand_users_get_the_items_of_the_trained_model(
+    directory: Path, trained: Trained
+) -> None:
+    """Random states and streams, some longer than trained for; scores to 1e-3 relative."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.from_numpy(trained.vocabulary.item_ids_V)
+    serving = GemsServing(trained.model, trained.vocabulary).eval()
+    loaded = torch.export.load(directory / MODEL_FILE).module()
+    for number in range(20):
+        inputs = list(example_inputs(serving, batch=50))
+        longer = trained.source.num_mid + number
+        for place, length in ((0, trained.source.num_recent), (5, longer)):
+            drawn = torch.randint(-1, len(ids), (50, length), generator=generator)
+            inputs[place] = torch.where(drawn < 0, PADDING, ids[drawn])
+            for field in range(1, 5):
+                inputs[place + field] = torch.randint(0, 10**9, (50, length), generator=generator)
+        inputs[10] = 10 * torch.randn(50, 64, 64, generator=generator)
+        inputs[11] = torch.randint(0, 3, (50, 1), generator=generator)
+        with torch.no_grad():
+            item, score, contribution = loaded(*inputs)
+            wanted_item, wanted_score, wanted_contribution = serving(*inputs)
+        assert torch.equal(item[:, :10], wanted_item[:, :10])
+        torch.testing.assert_close(score[:, :10], wanted_score[:, :10], rtol=1e-3, atol=0)
+        torch.testing.assert_close(contribution, wanted_contribution, rtol=1e-3, atol=1e-6)
+        has_memory = inputs[11][:, 0] > 0
+        assert ((contribution[:, 2] > 0) == has_memory).all()
+
+
+def test_the_exporter_serves_what_it_measured_as_faster(
+    log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which one is faster is the machine's affair; what follows from either is not."""
+    measured = train(log, small_training(model=small_model(mid_attention="measured")))
+    assert faster_mid_attention(GemsServing(measured.model, measured.vocabulary).eval()) in {
+        "full",
+        "indexer",
+    }
+    for number, chosen in enumerate(("indexer", "full")):
+        monkeypatch.setattr("trainer.export.faster_mid_attention", lambda _, one=chosen: one)
+        manifest = export(measured, tmp_path / str(number), PROVENANCE)
+        assert manifest["mid_attention"] == chosen
+        graph = torch.export.load(tmp_path / str(number) / MODEL_FILE).graph_module.code
+        assert ("topk" in graph) == (chosen == "indexer")
 
 
 def test_a_process_without_the_project_can_run_it(

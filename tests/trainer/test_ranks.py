@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.trainer.training_program import run, settings
+from tests.trainer.training_program import run, settings_of_any_number
 from trainer.errors import DeviceError
 from trainer.loop import Outputs
 from trainer.ranks import chosen_device
@@ -29,7 +29,7 @@ def test_two_processes_have_the_loss_curve_of_one(tmp_path: Path) -> None:
         check=True,
         timeout=120,
     )
-    alone = run(settings(dropout=0.0, epochs=2.0), Outputs())
+    alone = run(settings_of_any_number(), Outputs())
     with safe_open(weights, framework="pt") as file:
         losses = json.loads(file.metadata()["losses"])
         assert losses == pytest.approx(alone.fitted.losses, abs=TOLERANCE)

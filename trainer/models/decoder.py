@@ -68,7 +68,8 @@ class Gate(nn.Module):
         logits_SBQ1 = self.share(x_BQD).permute(2, 0, 1).unsqueeze(3)
         lowest = torch.finfo(x_BQD.dtype).min
         share_SBQ1 = logits_SBQ1.masked_fill(present_SB11 == 0, lowest).softmax(dim=0)
-        return x_BQD + ((read_SBQD - x_BQD) * share_SBQ1 * present_SB11).sum(dim=0)
+        change_SBQD: Tensor = (read_SBQD - x_BQD) * share_SBQ1 * present_SB11
+        return x_BQD + change_SBQD.sum(dim=0)
 
 
 class DecoderBlock(nn.Module):

@@ -277,12 +277,12 @@ class Gems(nn.Module):
         """
         generated_BT, reading = self._likelihood(batch)
         known_BT = batch.targets_BT > 0
-        loss = -(generated_BT * known_BT).sum() / known_BT.sum().clamp(min=1)
+        loss: Tensor = -(generated_BT * known_BT).sum() / known_BT.sum().clamp(min=1)
         loss = loss + self.config.index_weight * reading.index_loss
         if self.compressor is None or batch.older is None:
             return loss
         vectors, mask = newest_vectors(self.compressor, batch.older)
-        told = self.reconstruction(reading.summary_BSD, vectors, mask)
+        told: Tensor = self.reconstruction(reading.summary_BSD, vectors, mask)
         return loss + self.config.reconstruction_weight * told
 
     def log_likelihood(self, batch: Batch) -> Tensor:

@@ -12,7 +12,7 @@ E width of an attention head, K keys kept.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,9 @@ from trainer.models.layers import Attention, Branch, Memory, StreamTokens
 
 # 1: full attention. 2: full attention, and the indexer learns from it. 3: as served, top-K on.
 Stage = Literal[1, 2, 3]
-FULL, DISTIL, TOP_K = 1, 2, 3
+FULL: Final = 1
+DISTIL: Final = 2
+TOP_K: Final = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,13 +64,15 @@ class Indexer(nn.Module):
         """Scores [B, Q, N]; those of padding mean nothing."""
         query_BQD = query_BQD.detach()
         heads = (self.config.num_heads, self.config.key_width)
-        query_BGQE = self.query(query_BQD).unflatten(2, heads).transpose(1, 2)
-        key_BGEN = key_BNX.unflatten(2, heads).permute(0, 2, 3, 1)
-        score_BGQN = (query_BGQE @ key_BGEN) / math.sqrt(self.config.key_width)
-        if self.config.relu:
-            score_BGQN = score_BGQN.relu()
-        weight_BGQ1 = self.weight(query_BQD).transpose(1, 2).unsqueeze(3)
-        return (score_BGQN * weight_BGQ1).sum(dim=1)
+        query_BQGE = self.query(query_BQD).view(*query_BQD.shape[:2], *heads)
+        weight_BQG1 = self.weight(query_BQD).unsqueeze(3) / math.sqrt(self.config.key_width)
+        if not self.config.relu:
+            # A weighted sum of dot products is one dot product with a weighted query.
+            return (query_BQGE * weight_BQG1).flatten(2) @ key_BNX.transpose(1, 2)
+        key_BGEN = key_BNX.view(*key_BNX.shape[:2], *heads).permute(0, 2, 3, 1)
+        score_BGQN = (query_BQGE.transpose(1, 2) @ key_BGEN).relu()
+        score_BQN: Tensor = (score_BGQN * weight_BQG1.transpose(1, 2)).sum(dim=1)
+        return score_BQN
 
 
 class IndexedBranch(Branch):
@@ -140,7 +144,7 @@ def top_k_attention(
     mask_B1N = memory.mask_B1QN[:, 0]
     size = min(top_k, score_BQN.shape[2])
     lowest = torch.finfo(score_BQN.dtype).min
-    top_BQK = score_BQN.masked_fill(~mask_B1N, lowest).topk(size, dim=2)[1]
+    top_BQK = score_BQN.masked_fill(~mask_B1N, lowest).topk(size, dim=2, sorted=False)[1]
     key_BQHKE, value_BQHKE = (
         _gather(table, top_BQK) for table in (memory.key_BHNE, memory.value_BHNE)
     )
@@ -158,11 +162,12 @@ def top_k_attention(
 
 def _gather(table_BHNE: Tensor, top_BQK: Tensor) -> Tensor:
     """Rows of each query's own keys [B, Q, H, K, E]."""
-    batch, num_heads, _, width = table_BHNE.shape
-    rows_BND = table_BHNE.transpose(1, 2).flatten(2)
-    index = top_BQK.flatten(1).unsqueeze(2).expand(-1, -1, num_heads * width)
-    taken = rows_BND.gather(1, index)
-    return taken.view(batch, *top_BQK.shape[1:], num_heads, width).transpose(2, 3)
+    batch, num_heads, num_keys, width = table_BHNE.shape
+    # Whole rows are copied at once; an index per element would cost ten times as much.
+    rows = table_BHNE.transpose(1, 2).reshape(batch * num_keys, num_heads * width)
+    begin_B11 = torch.arange(batch, device=top_BQK.device)[:, None, None] * num_keys
+    taken = rows.index_select(0, (top_BQK + begin_B11).flatten())
+    return taken.view(*top_BQK.shape, num_heads, width).transpose(2, 3)
 
 
 def recall_of_mass(student_BQN: Tensor, teacher_BQN: Tensor, mask_B1N: Tensor, *, k: int) -> Tensor:

@@ -91,9 +91,9 @@ class Compressor(nn.Module):
         """
         is_event = item != PADDING
         x_BND = self._vectors(item, action, domain, dwell_ms, event_time_ms)
-        key_BNLK = functional.silu(self.key(x_BND)).unflatten(2, (NUM_LAYERS, KEY_WIDTH))
+        key_BNLK = functional.silu(self.key(x_BND)).view(*item.shape, NUM_LAYERS, KEY_WIDTH)
         key_BNLK = key_BNLK * is_event[:, :, None, None]
-        value_BNLV = self.value(x_BND).unflatten(2, (NUM_LAYERS, VALUE_WIDTH))
+        value_BNLV = self.value(x_BND).view(*item.shape, NUM_LAYERS, VALUE_WIDTH)
         state_BLKV = key_BNLK.permute(0, 2, 3, 1) @ value_BNLV.transpose(1, 2)
         return state_BLKV.flatten(1, 2), is_event.sum(dim=1, keepdim=True)
 
@@ -166,7 +166,7 @@ class MemoryReader(nn.Module):
         """Summary tokens [B, S, D] and their mask [B, S], all False where nothing was folded."""
         mean_BXV = state_BXV / count_B1.clamp(min=1).unsqueeze(2)
         seeds_BSD = self.seeds_SD.expand(state_BXV.shape[0], -1, -1)
-        for layer, mean_BKV in zip(self.layers, mean_BXV.split(KEY_WIDTH, dim=1), strict=True):
+        for layer, mean_BKV in zip(self.layers, mean_BXV.chunk(NUM_LAYERS, dim=1), strict=True):
             seeds_BSD = layer(seeds_BSD, mean_BKV)
         mask_BS = (count_B1 > 0).expand(-1, self.seeds_SD.shape[0])
         for encoder in self.encoders:
@@ -209,7 +209,8 @@ class Reconstruction(nn.Module):
         guess_BNE = self.out(self.norm(told_BND))
         error_BN = (guess_BNE[:, :-1] - vector_BNE[:, 1:]).square().sum(dim=2)
         both_BN = mask_BN[:, :-1] & mask_BN[:, 1:]
-        return (error_BN * both_BN).sum() / both_BN.sum().clamp(min=1)
+        distance: Tensor = (error_BN * both_BN).sum() / both_BN.sum().clamp(min=1)
+        return distance
 
 
 def newest_vectors(compressor: Compressor, events: OldEvents) -> tuple[Tensor, Tensor]:
@@ -221,7 +222,7 @@ def newest_vectors(compressor: Compressor, events: OldEvents) -> tuple[Tensor, T
 
 def index_of(sorted_ids: Tensor, ids: Tensor) -> Tensor:
     """Place of each id plus one, or 0; the torch twin of vocabulary.index_of."""
-    place = torch.searchsorted(sorted_ids, ids).clamp(max=sorted_ids.shape[0] - 1)
+    place = torch.searchsorted(sorted_ids, ids.contiguous()).clamp(max=sorted_ids.shape[0] - 1)
     return torch.where(sorted_ids[place] == ids, place + 1, 0)
 
 

@@ -4,7 +4,7 @@ Legend: B users, R recent events, M mid-term events, X excluded items, V items o
 vocabulary, K items returned.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from trainer.batches import PADDING, Stream
 from trainer.models.beam import BEAM_WIDTH, K_MAX, generate
 from trainer.models.config import GemsConfig
 from trainer.models.gems import Gems, History
+from trainer.models.indexer import FULL, TOP_K
 from trainer.models.lifelong import NUM_ROWS, VALUE_WIDTH, index_of
 from trainer.vocabulary import Vocabulary
 
@@ -82,8 +83,14 @@ class GemsServing(nn.Module):
         super().__init__()
         self.model = model.for_serving()
         self.beam_width = beam_width
+        self.mid_attention = "indexer" if model.config.mid_attention == "indexer" else "full"
         self.register_buffer("item_ids_V", torch.from_numpy(vocabulary.item_ids_V))
         self.register_buffer("domain_ids", torch.from_numpy(vocabulary.domain_ids))
+
+    def choose_mid_attention(self, chosen: Literal["full", "indexer"]) -> None:
+        """Serve mid-term attention this way; only a model with an indexer has a choice."""
+        self.mid_attention = chosen
+        self.model.set_stage(TOP_K if chosen == "indexer" else FULL)
 
     def forward(  # noqa: PLR0913, PLR0917, D417 - the served signature, tensor by tensor
         self,

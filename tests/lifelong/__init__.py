@@ -1,0 +1,1 @@
+"""Lifelong memories: bytes, laws, compaction, the batch builder, and what reads them."""
