@@ -10,6 +10,8 @@
 #   make bench-ingest, bench-freshness, bench-replay, bench-memory [RECORD=1] [EVENTS=n]
 #        bench-pit, bench-read [ROUNDS=n], bench-compact [USERS=n]
 #                                         measured; RECORD=1 keeps it under benchmarks/results
+#   make bench-score [RECORD=1] [ROUNDS=n] [LIFETIMES=a,b,...] [TRAIN_S=n]
+#                                         an answer's time by lifetime; the indexer against full
 #   make bench-train [RECORD=1]           tokens/s of training, against stock PyTorch layers; MFU
 #   make bench-quality SET=... [SEEDS=n] [PROTOCOL=...] [MODELS=...] [BUDGET_S=n] [DATA=folder]
 #                                         which model ranks best: docs/quality.md says how
@@ -31,7 +33,7 @@ MODELS ?= default
 BIN := .venv/bin
 
 .PHONY: demo test sim faults parity bench-ingest bench-freshness bench-replay bench-memory
-.PHONY: bench-pit bench-read bench-compact bench-train check format figures up down clean
+.PHONY: bench-pit bench-read bench-score bench-compact bench-train check format figures up down clean
 .PHONY: bench-quality quality-pages
 
 demo: .venv/stamp-local
@@ -88,6 +90,8 @@ bench-compact: .venv/stamp-local
 bench-train: .venv/stamp-local
 	$(BIN)/python -m benchmarks.bench_train $(if $(RECORD),--record)
 
+bench-score: .venv/stamp-local
+	$(BIN)/python -m benchmarks.bench_score $(if $(RECORD),--record)
 # One file a model and seed: a run that was stopped goes on where it was.
 bench-quality: .venv/stamp-dev
 	DATA=$(DATA) $(BIN)/python -m benchmarks.bench_quality --set $(SET) --seeds $(SEEDS) \

@@ -276,11 +276,11 @@ def main() -> None:
     torch.set_num_threads(1)
     attention = latencies(torch.device("cpu"))
     CONSOLE.print(f"mid-term attention on one CPU thread: {attention}")
+    recall: dict[str, float] = {}
     if TRAIN_S > 0:
         recall = recalls()
     else:
         CONSOLE.print("[bold red]TRAIN_S=0: the indexer's recall is left out.[/bold red]")
-        recall = {"recall_ratio": float("nan")}
     with tempfile.TemporaryDirectory(prefix="moveline-bench-") as name:
         folder = Path(name)
         repository = folder / "model_repo"
@@ -299,7 +299,7 @@ def main() -> None:
         {
             **served,
             "indexer_latency_ratio_5k": attention["ratio_served"],
-            "indexer_recall_ratio_5k": recall["recall_ratio"],
+            "indexer_recall_ratio_5k": recall.get("recall_ratio"),
             "attention": attention,
             "recall": recall,
             "rules": {"recent": RULES.recent, "mid": RULES.mid, "chunk": RULES.chunk},

@@ -3,8 +3,10 @@
 Time: one branch of the decoder answers the queries of a beam search, one for the first code and as
 many as there are beams for each of the other two; keys and values are there already, as they are in
 every step. Once with the sizes that are served and once with the paper's (width 1,024, 8 heads, 512
-beams, K 256), on the GPU if there is one, else on one CPU thread. Recall: a model with the paper's streams (256 and 4,744) is trained through the three stages
-on made-up users with a few interests each; then the same weights rank the next items with full and
+beams, K 256), on the GPU if there is one, else on one CPU thread. The ratio for one query alone
+stands beside it: full attention over the same keys is one matrix product for all beams.
+Recall: a model with the paper's streams (256 and 4,744) is trained through the three stages on
+made-up users with a few interests each; then the same weights rank the next items with full and
 with top-K attention. Not measured: training with more than this machine does in minutes.
 
 On a machine with a GPU: python -m benchmarks.indexer

@@ -22,13 +22,10 @@ from trainer.batches import length_batches
 from trainer.checkpoint import Checkpoint, Position
 from trainer.dataset import Int64s
 from trainer.errors import DivergedError, EmptyWindowError
+from trainer.optimiser import new_optimiser, relative_rate
 from trainer.ranks import Ranks, joined
 from trainer.run_log import RunLog
 
-# Share of all steps over which the learning rate rises from 0.
-WARM_UP = 0.05
-# Learning rate at the end, relative to its peak.
-FINAL_RATE = 0.02
 # Gradients longer than this are shortened.
 MAX_GRADIENT_NORM = 1.0
 # Before this share of the budget the clock never touches the learning rate, so that a run which
@@ -185,7 +182,7 @@ def fit(
         spent_s: Seconds of the budget that getting ready took.
 
     Raises:
-        EmptyWindowError: There are no examples.
+        EmptyWindowError: There are no examples, or none has a target.
         DivergedError: The loss or its gradient is not finite.
         DeviceError: There is no such device.
         CheckpointError: The checkpoint belongs to another run, or is damaged.
@@ -199,6 +196,8 @@ def fit(
         position.seconds += spent_s
         fitted = _train(run, position, keeper, log, judge=judge, outputs=outputs)
         learner.to("cpu").eval()
+        if fitted.ended_by == "epochs" and not fitted.losses:
+            raise EmptyWindowError("no batch had a target that the model knows; check the window")
         return fitted
 
 
@@ -224,9 +223,7 @@ class _Run(Generic[BatchT]):
         self.batches_per_epoch = len(self.order(0))
         self.num_steps = max(1, math.ceil(config.epochs * self.batches_per_epoch))
         self.parameters = [p for p in learner.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.AdamW(
-            _parameter_groups(learner, config), fused=True, betas=(0.9, 0.98)
-        )
+        self.optimiser = new_optimiser(learner, weight_decay=config.weight_decay)
         may_skip = ranks.num_ranks > 1 and (bool(stages) or self._skips_parameters())
         self.mean_loss = ranks.synchronised(_Loss(learner), may_skip=may_skip)
 
@@ -241,7 +238,7 @@ class _Run(Generic[BatchT]):
         part = chosen[self.ranks.number :: self.ranks.num_ranks]
         is_spare = len(part) == 0
         batch = self.examples.batch(chosen[:1] if is_spare else part, rng)
-        return _on(batch, self.ranks.device), is_spare
+        return on_device(batch, self.ranks.device), is_spare
 
     def _skips_parameters(self) -> bool:
         """Whether the model as it is leaves parameters out: a switch may have turned them off."""
@@ -293,7 +290,7 @@ def _train(
         epoch, place = divmod(position.step, run.batches_per_epoch)
         if place == 0:
             order = run.order(epoch)
-        _step(run, order[place], position, log, rate=run.config.learning_rate * _rate(done))
+        _step(run, order[place], position, log, rate=run.config.learning_rate * relative_rate(done))
         if judge is not None and position.step % run.config.judge_every_steps == 0:
             _judge(run, position, judge)
             if position.num_worse >= run.config.patience:
@@ -363,25 +360,6 @@ def _judge(run: _Run[BatchT], position: Position, judge: Callable[[], float]) ->
         }
 
 
-def _rate(done: float) -> float:
-    """Relative learning rate: a linear rise, then half a cosine down."""
-    if done < WARM_UP:
-        return max(done, 1e-3) / WARM_UP
-    wave = 0.5 * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP)))
-    return FINAL_RATE + (1 - FINAL_RATE) * wave
-
-
-def _parameter_groups(learner: nn.Module, config: LoopConfig) -> list[dict[str, object]]:
-    """Decay the matrices of linear layers; tables and biases hold counts and stay undecayed."""
-    linear = {id(m.weight) for m in learner.modules() if isinstance(m, nn.Linear)}
-    decayed = [p for p in learner.parameters() if id(p) in linear]
-    kept = [p for p in learner.parameters() if id(p) not in linear]
-    return [
-        {"params": [p for p in decayed if p.requires_grad], "weight_decay": config.weight_decay},
-        {"params": [p for p in kept if p.requires_grad], "weight_decay": 0.0},
-    ]
-
-
 def _refuse_divergence(loss: float, norm: float, step: int) -> None:
     if not (math.isfinite(loss) and math.isfinite(norm)):
         msg = (
@@ -396,10 +374,10 @@ def _seed(seed: int, step: int, rank: int) -> int:
     return int(mixed[0] >> np.uint64(1))
 
 
-def _on(batch: Any, device: torch.device) -> Any:  # noqa: ANN401 - nested tuples of tensors
-    """The same nested tuples on a device."""
+def on_device(batch: Any, device: torch.device) -> Any:  # noqa: ANN401 - nested tuples of tensors
+    """The same nested tuples of tensors on a device; what is no tensor stays as it is."""
     if isinstance(batch, tuple):
-        parts = [_on(part, device) for part in batch]
+        parts = [on_device(part, device) for part in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)
     return batch.to(device, non_blocking=True) if isinstance(batch, Tensor) else batch
 

@@ -52,11 +52,10 @@ def test_killed_in_the_middle_and_resumed_the_weights_are_the_same(tmp_path: Pat
     assert resumed.fitted.num_tokens == whole.fitted.num_tokens
 
 
-def test_a_run_goes_on_where_its_budget_ended_it(tmp_path: Path) -> None:
-    """Also across the end of a pass: two passes, cut inside the second."""
+def test_the_last_steps_of_a_run_can_be_repeated(tmp_path: Path) -> None:
+    """Its last checkpoint stands a few steps before the end, inside the second pass."""
     config = settings(dropout=DROPOUT, epochs=2.0)
     whole = run(config, outputs(tmp_path, resume=False))
-    # The last checkpoint stands a few steps before the end.
     again = run(config, outputs(tmp_path))
     assert_same(again, whole)
 

@@ -146,6 +146,7 @@ def test_distilling_finds_the_keys_that_the_teacher_looks_at() -> None:
     def drawn() -> tuple[Tensor, StreamTokens]:
         return 3 * torch.randn(2, NUM_QUERIES, WIDTH), made_up_stream()
 
+    @torch.no_grad()
     def recall() -> float:
         torch.manual_seed(7)
         shares = []

@@ -14,8 +14,8 @@ from tests.trainer.conftest import small_training
 from trainer.batches import PADDING_SHARE_MAX, BatchSource, LabelExamples, length_batches
 from trainer.dataset import EventLog, Int64s, label_groups
 from trainer.errors import DivergedError, EmptyWindowError
-from trainer.loop import Fitted, Learner, LoopConfig, Outputs, Stage, fit, prepare_torch
-from trainer.train import train
+from trainer.loop import Fitted, Learner, LoopConfig, Outputs, Stage, fit, on_device, prepare_torch
+from trainer.train import GemsLearner, new_model, train
 from trainer.vocabulary import Vocabulary
 
 NUM_EXAMPLES = 50
@@ -31,8 +31,9 @@ class Pairs(NamedTuple):
 class Line(Learner[Pairs]):
     """Least squares; remembers which examples it was shown, in training."""
 
-    def __init__(self, *, gain: float = 1.0) -> None:
+    def __init__(self, *, gain: float = 1.0, num_targets: int | None = None) -> None:
         super().__init__()
+        self.targets = num_targets
         self.weight = nn.Linear(2, 1)
         self.gain = gain
         self.seen: list[int] = []
@@ -45,7 +46,7 @@ class Line(Learner[Pairs]):
         )
 
     def num_targets(self, batch: Pairs) -> int:
-        return len(batch.y_B)
+        return len(batch.y_B) if self.targets is None else self.targets
 
     def num_tokens(self, batch: Pairs) -> int:
         return len(batch.y_B)
@@ -134,6 +135,58 @@ def test_what_is_not_finite_ends_the_run_before_the_weights_change(gain: float) 
 def test_no_example_is_refused() -> None:
     with pytest.raises(EmptyWindowError, match="no example"):
         fit(Line(), Numbers(0), LoopConfig(num_threads=1), name="line")
+
+
+def test_no_target_anywhere_is_refused_and_changes_nothing() -> None:
+    learner = Line(num_targets=0)
+    before = learner.weight.weight.detach().clone()
+    with pytest.raises(EmptyWindowError, match="no batch had a target"):
+        fitted(learner)
+    assert torch.equal(learner.weight.weight, before)
+
+
+def test_a_resumed_run_enters_its_stages_again_and_keeps_its_best(tmp_path: Path) -> None:
+    """The judge likes the weights of step 4 best; the checkpoint is from step 8 of 14."""
+    config = LoopConfig(num_threads=1, examples_per_batch=8, epochs=2.0, judge_every_steps=4)
+    weights: list[Tensor] = []
+    entered: list[str] = []
+    stages = [
+        Stage(0.0, lambda: entered.append("one")),
+        Stage(0.5, lambda: entered.append("two")),
+    ]
+    for resume in (False, True):
+        learner, answers = Line(), iter([3.0, 2.0] if not resume else [])
+        prepare_torch(config)
+        stages = [
+            Stage(0.0, lambda: entered.append("one")),
+            Stage(0.5, lambda: entered.append("two")),
+        ]
+        outputs = Outputs(checkpoints=tmp_path, checkpoint_every_steps=8, resume=resume)
+        fit(
+            learner,
+            Numbers(),
+            config,
+            name="line",
+            stages=stages,
+            judge=lambda answers=answers: next(answers, 1.0),
+            outputs=outputs,
+        )
+        weights.append(learner.weight.weight.detach().clone())
+    assert entered == ["one", "two", "one", "two"]
+    assert torch.equal(weights[0], weights[1])
+
+
+def test_gems_makes_no_tensor_on_another_device_than_its_inputs(log: EventLog) -> None:
+    """On the meta device, which refuses a mixture as a GPU does, and computes nothing."""
+    vocabulary = Vocabulary.of(log, split_ms=10**15)
+    source = BatchSource.of(log, vocabulary, num_recent=8, num_mid=24)
+    model = new_model(log, vocabulary, small_training(), tables_ms=10**15)
+    examples = LabelExamples(source, label_groups(log), num_targets=4)
+    batch = examples.batch(np.arange(9), np.random.default_rng(0))
+    meta = torch.device("meta")
+    loss = GemsLearner(model).to(meta).loss(on_device(batch, meta))
+    torch.autograd.backward(loss)
+    assert loss.device == meta
 
 
 def test_tensorboard_has_every_step_once_after_a_resume(tmp_path: Path) -> None:

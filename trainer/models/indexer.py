@@ -65,13 +65,15 @@ class Indexer(nn.Module):
         query_BQD = query_BQD.detach()
         heads = (self.config.num_heads, self.config.key_width)
         query_BQGE = self.query(query_BQD).view(*query_BQD.shape[:2], *heads)
+        score_BQN: Tensor
         weight_BQG1 = self.weight(query_BQD).unsqueeze(3) / math.sqrt(self.config.key_width)
         if not self.config.relu:
             # A weighted sum of dot products is one dot product with a weighted query.
-            return (query_BQGE * weight_BQG1).flatten(2) @ key_BNX.transpose(1, 2)
+            score_BQN = (query_BQGE * weight_BQG1).flatten(2) @ key_BNX.transpose(1, 2)
+            return score_BQN
         key_BGEN = key_BNX.view(*key_BNX.shape[:2], *heads).permute(0, 2, 3, 1)
         score_BGQN = (query_BQGE.transpose(1, 2) @ key_BGEN).relu()
-        score_BQN: Tensor = (score_BGQN * weight_BQG1.transpose(1, 2)).sum(dim=1)
+        score_BQN = (score_BGQN * weight_BQG1.transpose(1, 2)).sum(dim=1)
         return score_BQN
 
 
