@@ -92,6 +92,7 @@ bench-train: .venv/stamp-local
 
 bench-score: .venv/stamp-local
 	$(BIN)/python -m benchmarks.bench_score $(if $(RECORD),--record)
+
 # One file a model and seed: a run that was stopped goes on where it was.
 bench-quality: .venv/stamp-dev
 	DATA=$(DATA) $(BIN)/python -m benchmarks.bench_quality --set $(SET) --seeds $(SEEDS) \
