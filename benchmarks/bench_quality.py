@@ -32,7 +32,7 @@ import numpy as np
 
 from benchmarks.common import CONSOLE
 from benchmarks.quality_data import DATA_SETS, DataMissingError, load_log
-from benchmarks.quality_figures import summary
+from benchmarks.quality_figures import MixedResultsError, summary
 from compose.figures import commit, machine, report
 from trainer.contest import Budget, Contest
 from trainer.protocols import Sample, Task, global_split, leave_one_out
@@ -275,12 +275,13 @@ def main() -> None:
     request = request_of(parsed())
     try:
         run(request)
-    except DataMissingError as error:
+        figures = summary(request.folder, request.set_name, request.protocol)
+    except (DataMissingError, MixedResultsError) as error:
         CONSOLE.print(f"[bold red]{error}[/bold red]")
         raise SystemExit(2) from error
     report(
         f"bench-quality-{request.set_name}",
-        summary(request.folder, request.set_name, request.protocol),
+        figures,
         command=f"make bench-quality SET={request.set_name}",
         caveats={},
         keep=False,

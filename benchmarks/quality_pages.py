@@ -61,7 +61,7 @@ def page(folder: Path, set_name: str, protocol: str) -> str:
         "## By age of the interest\n\nNDCG@10, by how many events ago the user last met the item."
         "\n\n" + _band_table(found, "by_age"),
         "## Where the served model stands\n\n" + _differences(found),
-        "## Training\n\n" + _training(found),
+        "## Training\n\n" + _training(found) + _weights(found),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -167,6 +167,16 @@ def _training(found: dict[str, Outcome]) -> str:
             )
     heads = ["model", "steps", "seconds", "ended by", "share of recent / mid-term / lifelong"]
     return _table(heads, rows) if rows else "No model that is trained has a result yet."
+
+
+def _weights(found: dict[str, Outcome]) -> str:
+    """What the blends give to their sources, by the first seed."""
+    told = []
+    for name, one in found.items():
+        if weights := one.seeds[0]["weights"]:
+            shares = ", ".join(f"{source} {weight:.2f}" for source, weight in weights.items())
+            told.append(f"\n\nSources of {name}: {shares}.")
+    return "".join(told)
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:
