@@ -47,6 +47,9 @@ def test_columns_equal_objects(logs: list, now_ms: int, whole: bool) -> None:  #
     known = [i for i, state in enumerate(states) if state is not None]
     expected = batch_streams([states[i] for i in known], now_ms, SMALL)
     for got, wanted in zip(batch.streams(), expected, strict=True):
+        if got is None or wanted is None:
+            assert got is wanted, "no memory is read here"
+            continue
         if got.dtype.names is None:
             assert got[known].tolist() == wanted.tolist()
         for name in set(got.dtype.names or ()) - {"reserved"}:

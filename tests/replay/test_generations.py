@@ -188,7 +188,8 @@ def test_a_full_redis_stops_a_build_before_live_traffic_notices(place: Place) ->
     used = int(client.info("memory")["used_memory"])
     generations = Generations(client)
     generations.refuse_full(5)
-    client.config_set("maxmemory", int(used * 1.05))
+    # Redis gives memory back in the background: half of it is too little all the same.
+    client.config_set("maxmemory", used // 2)
     try:
         with pytest.raises(StoreFullError, match="take room from live traffic"):
             generations.refuse_full(5)
