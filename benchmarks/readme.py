@@ -50,6 +50,13 @@ ROWS: Final = {
         ("bytes_per_user", "bytes of Redis per user that has events"),
         ("worker_mb", "resident memory of the worker (MB)"),
     ),
+    "bench-compact": (
+        ("events_per_s_nearline", "events/s folded near-line, from chunks in Redis"),
+        ("events_per_s_batch", "events/s folded by the batch builder, from the lake"),
+        ("events_per_s_compressor", "events/s that Triton's compressor answers by itself"),
+        ("difference_max", "largest difference between the two ways, relative"),
+        ("memory_bytes_per_user", "bytes of Redis per user and memory version"),
+    ),
     "bench-train": (
         (
             "tokens_per_s",
