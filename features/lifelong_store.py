@@ -101,7 +101,8 @@ NOTHING: Final = WithMemory(None, memoryview(b""), 0, memoryview(b""))
 
 @cache
 def _script(name: str) -> bytes:
-    return files("features").joinpath(f"lua/{name}.lua").read_bytes()
+    lua = files("features").joinpath("lua")
+    return b"".join(lua.joinpath(f"{part}.lua").read_bytes() for part in ("memory_state", name))
 
 
 @cache

@@ -52,8 +52,3 @@ PROVENANCE: Final = (
     "newest_event_age_ms",
     "degraded",
 )
-
-# The lifelong memory a retrieval model reads: a state per user, FP32 [B, 64, 64], and how many
-# events were folded into it; zero events are no memory, and the stream contributes nothing.
-LIFELONG_ROWS: Final = 64
-LIFELONG_WIDTH: Final = 64

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from scoring.signature import LIFELONG_ROWS, LIFELONG_WIDTH, NO_ITEM, NUM_EXCLUDED
+from features.lifelong import LIFELONG_ROWS, LIFELONG_WIDTH
+from scoring.signature import NO_ITEM, NUM_EXCLUDED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

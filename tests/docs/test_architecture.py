@@ -15,11 +15,11 @@ import pytest
 
 from features.config import StateConfig
 from features.events import EVENT_VERSION
-from features.lifelong import MEMORY_BYTES
+from features.lifelong import LIFELONG_ROWS, LIFELONG_WIDTH, MEMORY_BYTES
 from features.row import ROW_FORMAT, TRAILER_BYTES, newest_bytes
 from features.schema import schema_hash
 from features.state import RECORD_BYTES
-from scoring.signature import LIFELONG_ROWS, LIFELONG_WIDTH, NUM_EXCLUDED, USERS_MAX
+from scoring.signature import NUM_EXCLUDED, USERS_MAX
 from streams.chunk_cap import WAITING_CHUNKS_DEFAULT
 from trainer.export import MANIFEST_VERSION
 

@@ -12,10 +12,9 @@ import pyarrow as pa
 
 from features.config import StateConfig, config_from_json
 from features.lake import LAKE_SCHEMA, file_name
-from features.lifelong import LiveMemory
+from features.lifelong import LIFELONG_ROWS, LIFELONG_WIDTH, LiveMemory
 from features.redis import Pointers, Trending
 from features.schema import SERVICES, schema_hash, views
-from scoring.signature import LIFELONG_ROWS, LIFELONG_WIDTH
 
 CONFIG_JSON = (
     b'{"actions":["impression","click","view","like","dislike","cart","purchase","rating"],'

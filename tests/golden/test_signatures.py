@@ -16,6 +16,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from features.config import StateConfig
+from features.lifelong import LIFELONG_ROWS, LIFELONG_WIDTH
 from features.view import batch_streams
 from scoring import client, signature
 from scoring.tensors import retrieval_inputs
@@ -164,5 +165,5 @@ def test_limits_that_two_packages_name_are_equal() -> None:
     assert serving.NUM_EXCLUDED == signature.NUM_EXCLUDED == 512
     assert serving.PADDING == signature.NO_ITEM == -1
     assert export.MAX_BATCH == signature.USERS_MAX == 64
-    assert lifelong.NUM_ROWS == signature.LIFELONG_ROWS == 64
-    assert lifelong.VALUE_WIDTH == signature.LIFELONG_WIDTH == 64
+    assert lifelong.NUM_ROWS == LIFELONG_ROWS == 64
+    assert lifelong.VALUE_WIDTH == LIFELONG_WIDTH == 64
