@@ -1,10 +1,10 @@
 """Which model ranks best on real data, and what is live state worth?
 
     make bench-quality SET=complete_journey SEEDS=1 [PROTOCOL=global] [MODELS=name,...|all]
-                       [BUDGET_S=120] [DATA=folder]
+                       [BUDGET_S=200] [DATA=folder]
 
 Workload: one data set and one protocol (docs/quality.md). Every model named is trained from
-nothing with the same seconds (BUDGET_S), labels, targets and judge, and asked about the same sample
+nothing with the same processor seconds (BUDGET_S), labels, targets and judge, and asked about the same sample
 of labels after the split, each before its events are shown: with the state of the moment (live)
 and, on the global protocol, with the state of the split (frozen). One file a model and seed under
 benchmarks/results/quality/SET; a file that was made with the same settings is not made again, so

@@ -33,6 +33,7 @@ MAX_GRADIENT_NORM = 1.0
 LATE = 0.9
 # Kinds of randomness, mixed into the seed so that they do not repeat each other.
 _ORDER, _DRAWS, _DROPOUT = range(3)
+_CLOCKS = {"wall": time.monotonic, "processor": time.process_time}
 
 EndedBy = Literal["epochs", "budget", "patience"]
 BatchT = TypeVar("BatchT")
@@ -91,8 +92,10 @@ class LoopConfig:
 
     Attributes:
         epochs: Passes over the examples; may be a fraction.
-        budget_s: Wall seconds after which training ends early. A run that ends by its budget is not
+        budget_s: Seconds after which training ends early. A run that ends by its budget is not
             repeatable bit by bit, one that ends by its epochs is.
+        budget_clock: Which seconds: "wall", or those in which this process had a processor, so that
+            whatever else the machine does takes nothing from a comparison.
         examples_per_batch: Of all ranks together.
         num_threads: Threads of torch.
         device: "auto" is the GPU if there is one.
@@ -102,6 +105,7 @@ class LoopConfig:
 
     epochs: float = 1.0
     budget_s: float = 150.0
+    budget_clock: Literal["wall", "processor"] = "wall"
     examples_per_batch: int = 32
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
@@ -141,7 +145,7 @@ class Fitted:
 
     Attributes:
         losses: One per step that had targets.
-        seconds: Wall seconds, those of the runs that were resumed included.
+        seconds: By the budget's clock, those of the runs that were resumed included.
     """
 
     losses: list[float]
@@ -274,13 +278,14 @@ def _train(
     judge: Callable[[], float] | None,
     outputs: Outputs,
 ) -> Fitted:
-    started = time.monotonic() - position.seconds
+    clock = _CLOCKS[run.config.budget_clock]
+    started = clock() - position.seconds
     entered, order = 0, run.order(position.step // run.batches_per_epoch)
     ended_by: EndedBy = "epochs"
     log.begin(run.num_steps, done=position.step)
     run.learner.train()
     while position.step < run.num_steps:
-        position.seconds = time.monotonic() - started
+        position.seconds = clock() - started
         late = run.ranks.from_first(position.seconds / run.config.budget_s)
         done = run.done(position.step, late)
         if done >= 1.0:
@@ -304,7 +309,7 @@ def _train(
     if position.best is not None:
         run.learner.load_state_dict(position.best)
     return Fitted(
-        position.losses, run.num_steps, position.num_tokens, time.monotonic() - started, ended_by
+        position.losses, run.num_steps, position.num_tokens, clock() - started, ended_by
     )
 
 
