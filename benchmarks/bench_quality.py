@@ -34,6 +34,7 @@ from benchmarks.common import CONSOLE
 from benchmarks.quality_data import DATA_SETS, DataMissingError, load_log
 from benchmarks.quality_figures import MixedResultsError, summary
 from compose.figures import commit, machine, report
+from trainer.batches import in_order
 from trainer.contest import Budget, Contest
 from trainer.protocols import Sample, Task, global_split, leave_one_out
 from trainer.rivals import DEFAULT_RIVALS, RIVALS
@@ -41,6 +42,7 @@ from trainer.streaming_evaluation import RECENT, STREAMS, judge_task
 
 if TYPE_CHECKING:
     from benchmarks.quality_data import DataSet
+    from trainer.batches import BatchSource
     from trainer.contest import Entry
     from trainer.dataset import Bools, EventLog
     from trainer.rivals import Rival
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
 QUALITY: Final = Path("benchmarks/results/quality")
 # Raise it where a change of the code makes older files incomparable.
 REVISION: Final = 1
+# Labels that are ranked one by one for the time of an answer: those with the longest histories.
+TIMED_LABELS: Final = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,12 +201,24 @@ def _measured(
         "training": _training(entry),
         "contribution": entry.contribution,
         "weights": entry.weights,
+        "answer_ms": answer_ms(entry, contest.source, ground.task),
         "seconds": round(seconds, 1),
         "commit": commit(),
         "machine": machine(),
         "command": f"make bench-quality SET={request.set_name} PROTOCOL={request.protocol} "
         f"MODELS={model} BUDGET_S={request.budget.seconds:g}",
     }
+
+
+def answer_ms(entry: Entry, source: BatchSource, task: Task) -> float:
+    """Median processor time of ranking one label, among those that know most."""
+    longest = np.argsort(-source.history_lengths(task.live), kind="stable")[:TIMED_LABELS]
+    seconds = []
+    for one in in_order(task.live.select(longest), size=1):
+        started = time.process_time()
+        entry.rank(one)
+        seconds.append(time.process_time() - started)
+    return round(1000 * float(np.median(seconds)), 2)
 
 
 def _training(entry: Entry) -> dict[str, Any] | None:

@@ -63,6 +63,10 @@ class Outcome:
             return None
         return round(float(np.std([one["live"]["ndcg10"] for one in self.seeds], ddof=1)), 6)
 
+    def answer_ms(self) -> float:
+        """Processor time of one answer, the median of the seeds."""
+        return float(np.median([one["answer_ms"] for one in self.seeds]))
+
     def per_user(self) -> PerUser:
         """Sums per user, averaged over seeds."""
         gains = np.mean([one["per_user"]["ndcg10"] for one in self.seeds], axis=0)

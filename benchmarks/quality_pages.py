@@ -89,8 +89,8 @@ def _opening(first: dict, found: dict[str, Outcome], set_name: str, protocol: st
     told = [made, counted]
     if budget:
         told.append(
-            f"Every neural model: {budget['seconds']:g} s of training at most on "
-            f"{budget['num_threads']} threads, {budget['examples_per_batch']} labels a step, the "
+            f"Every neural model: {budget['seconds']:g} s of a processor for training at most, on "
+            f"{budget['num_threads']} thread, {budget['examples_per_batch']} labels a step, the "
             f"newest {budget['label_share']:.0%} of the labels."
         )
     return "\n\n".join(told)
@@ -111,9 +111,10 @@ def _main_table(found: dict[str, Outcome]) -> str:
                 "" if spread is None else f"{spread:.4f}",
                 "" if frozen is None else f"{frozen['ndcg10']:.4f}",
                 "" if gain is None else f"{gain:+.1%}",
+                f"{one.answer_ms():.1f}",
             ]
         )
-    heads = ["model", "what it is", *HEADS, "spread", "NDCG@10 frozen", "live adds"]
+    heads = ["model", "what it is", *HEADS, "spread", "NDCG@10 frozen", "live adds", "ms an answer"]
     return _table(heads, rows)
 
 
