@@ -26,7 +26,7 @@ from trainer.models.lifelong import Compressor
 from trainer.models.trie import SMOOTHING
 from trainer.semantic_ids import SemanticIds, extend_semantic_ids
 from trainer.train import Trained
-from trainer.vocabulary import Vocabulary, item_counts
+from trainer.vocabulary import Vocabulary, item_counts, item_users
 
 # Readers of a new item that its vector is made from, the first ones: the id of an item must not
 # wait for many, and what the hundredth adds is small.
@@ -64,6 +64,7 @@ def extended(trained: Trained, log: EventLog, *, until_ms: int) -> Trained:
         num_domains=len(old.domain_ids),
         item_vectors_VE=torch.cat((vectors_VE, new_vectors_NE))[order],
         item_counts_V=counts_V,
+        item_users_V=torch.from_numpy(item_users(log, vocabulary, until_ms=until_ms)),
         compressor=model.compressor,
     )
     _take_weights(larger, model)
@@ -125,13 +126,15 @@ def _ids(trained: Trained) -> Int64s:
 def _take_weights(larger: Gems, model: Gems) -> None:
     """Copy every weight that does not belong to one item or to the tree."""
     weights = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if name != "item.weight" and not name.startswith("trie.")
+        name: tensor for name, tensor in model.state_dict().items() if not _is_of_items(name)
     }
     missing, unexpected = larger.load_state_dict(weights, strict=False)
     assert not unexpected, unexpected
-    assert all(name == "item.weight" or name.startswith("trie.") for name in missing), missing
+    assert all(_is_of_items(name) for name in missing), missing
+
+
+def _is_of_items(name: str) -> bool:
+    return name in {"item.weight", "copy.facts_IF"} or name.startswith("trie.")
 
 
 def _set_priors(model: Gems, is_new_V: Tensor, counts_V: Tensor) -> None:
@@ -186,6 +189,7 @@ def restored(directory: Path) -> Restored:
         num_domains=manifest["num_domains"],
         item_vectors_VE=vectors,
         item_counts_V=torch.zeros(len(vectors)),
+        item_users_V=torch.zeros(len(vectors)),
         compressor=Compressor.restored(folds).requires_grad_(requires_grad=False),
     )
     missing, unexpected = model.load_state_dict(weights, strict=False)

@@ -26,7 +26,7 @@ from trainer.models.gems import Gems
 from trainer.models.indexer import DISTIL, FULL, TOP_K
 from trainer.models.lifelong import Compressor
 from trainer.semantic_ids import CODE_SIZES, learn_semantic_ids
-from trainer.vocabulary import Vocabulary, item_counts
+from trainer.vocabulary import Vocabulary, item_counts, item_users
 
 # Shares of a training after which its stages begin. The paper stops each when its loss has
 # converged and calls the third short; shares end within a given budget.
@@ -185,6 +185,7 @@ def new_model(
         num_domains=len(vocabulary.domain_ids),
         item_vectors_VE=vectors,
         item_counts_V=torch.from_numpy(item_counts(log, vocabulary, until_ms=tables_ms)),
+        item_users_V=torch.from_numpy(item_users(log, vocabulary, until_ms=tables_ms)),
         compressor=Compressor(
             width=config.model.width,
             item_ids_V=torch.from_numpy(vocabulary.item_ids_V),

@@ -59,3 +59,12 @@ def item_counts(log: EventLog, vocabulary: Vocabulary, *, until_ms: int) -> Int6
     """Events of each item up to a time [V]."""
     item = vocabulary.index_items(log.item_id_N[log.event_time_ms_N <= until_ms])
     return np.bincount(item, minlength=vocabulary.num_items + 1)[1:].astype(np.int64)
+
+
+def item_users(log: EventLog, vocabulary: Vocabulary, *, until_ms: int) -> Int64s:
+    """Users who had met each item up to a time [V]."""
+    known = log.event_time_ms_N <= until_ms
+    item = vocabulary.index_items(log.item_id_N[known])
+    width = vocabulary.num_items + 1
+    once = np.unique(log.user_N[known] * width + item)
+    return np.bincount(once % width, minlength=width)[1:].astype(np.int64)

@@ -10,9 +10,11 @@ from tests.trainer.conftest import made_up_columns, small_model, small_training
 from trainer.batches import BatchSource
 from trainer.dataset import EventLog, label_groups
 from trainer.errors import BudgetError, DivergedError, EmptyWindowError, VocabularyError
+from trainer.models.copying import item_facts
 from trainer.models.events import log_bucket
 from trainer.models.gems import mixed_log, without_lifelong
 from trainer.train import Trained, new_model, train
+from trainer.vocabulary import Vocabulary, item_counts, item_users
 
 
 def _small_log(num_baskets: int) -> EventLog:
@@ -134,3 +136,22 @@ def test_model_survives_ids_it_never_saw(
         reading = trained.model.read(without_lifelong(recent, mid))
     assert torch.isfinite(reading.state_BD).all()
     assert (reading.copy_weight_B == 0).all()
+
+
+def test_an_items_facts_are_events_and_events_of_each_user() -> None:
+    """One user meets item 7 three times, two users item 9 once each; what comes later is unknown."""
+    log = EventLog.from_columns(
+        {
+            "user_id": np.array([1, 1, 1, 1, 2, 2]),
+            "item_id": np.array([7, 7, 7, 9, 9, 7]),
+            "event_time_ms": np.array([1, 2, 3, 4, 5, 60]),
+            "ordinal": np.array([0, 1, 2, 3, 0, 1]),
+        }
+    )
+    vocabulary = Vocabulary.of(log, split_ms=10)
+    counts, users = (count(log, vocabulary, until_ms=10) for count in (item_counts, item_users))
+    assert counts.tolist() == [3, 2]
+    assert users.tolist() == [1, 2]
+    facts = item_facts(torch.from_numpy(counts), torch.from_numpy(users))
+    assert facts[1:].exp().round().tolist() == [[4, 2], [3, 1]]
+    assert facts[0].tolist() == [0, 0]

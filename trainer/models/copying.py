@@ -5,7 +5,7 @@ model of this size, so the model may point at its own streams. The pointer start
 (a share proportional to the number of occurrences) and learns what recency and state change.
 
 Legend: B batch, N events of both streams, G = N places for distinct items, D width, E width of an
-item vector, F features of an item, T decay times.
+item vector, F features of an item, I dense items (0 unknown), T decay times.
 """
 
 import math
@@ -59,12 +59,15 @@ class CopyHead(nn.Module):
     """Scores each distinct item of the streams from its occurrences and the decoder's state."""
 
     decay_days_T: Tensor
+    facts_IF: Tensor
 
-    def __init__(self, width: int, item_width: int) -> None:
+    def __init__(self, width: int, item_width: int, facts_IF: Tensor) -> None:
         super().__init__()
+        self.register_buffer("facts_IF", facts_IF)
         self.register_buffer("decay_days_T", torch.tensor(DECAY_DAYS))
-        # The count and the decayed counts, the three of the rhythm, and the length of the history.
-        num_features = 1 + len(DECAY_DAYS) + 3 + 1
+        # The count and the decayed counts, the three of the rhythm, the length of the history, and
+        # what is known of the item from everybody.
+        num_features = 1 + len(DECAY_DAYS) + 3 + 1 + facts_IF.shape[1]
         self.features = nn.Linear(num_features, NUM_HIDDEN)
         self.item = nn.Linear(item_width, NUM_HIDDEN, bias=False)
         self.state = nn.Linear(width, NUM_HIDDEN, bias=False)
@@ -109,9 +112,18 @@ class CopyHead(nn.Module):
         rhythm_BG3 = _rhythm(day_BN.gather(1, newest_BG), day_BN.gather(1, oldest_BG), sums_BGT)
         total_B1 = (item_BN > 0).sum(dim=1, keepdim=True).add(1).log()
         total_BG1 = total_B1.unsqueeze(1).expand(-1, item_BN.shape[1], -1)
-        features = torch.cat((sums_BGT.clamp(min=FLOOR).log(), rhythm_BG3, total_BG1), dim=2)
         used_BG = torch.arange(item_BN.shape[1], device=item_BN.device) <= group_BN[:, -1:]
-        return Occurrences(item_BN.gather(1, newest_BG) * used_BG, features)
+        item_BG = item_BN.gather(1, newest_BG) * used_BG
+        log_sums = sums_BGT.clamp(min=FLOOR).log()
+        features = torch.cat((log_sums, rhythm_BG3, total_BG1, self.facts_IF[item_BG]), dim=2)
+        return Occurrences(item_BG, features)
+
+
+def item_facts(item_counts_V: Tensor, item_users_V: Tensor) -> Tensor:
+    """How much an item is met, and how often by the same user; both as logarithms [I, 2]."""
+    events_I = functional.pad(item_counts_V.float(), (1, 0))
+    users_I = functional.pad(item_users_V.float(), (1, 0))
+    return torch.stack((events_I.log1p(), events_I.log1p() - users_I.log1p()), dim=1)
 
 
 def _rhythm(newest_day_BG: Tensor, oldest_day_BG: Tensor, sums_BGT: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from trainer.batches import Batch, OldEvents, Stream
 from trainer.models.config import GemsConfig
-from trainer.models.copying import CopyHead, CopyShares
+from trainer.models.copying import CopyHead, CopyShares, item_facts
 from trainer.models.decoder import DecoderBlock
 from trainer.models.events import EventEncoder
 from trainer.models.indexer import FULL, TOP_K, IndexedBranch, Stage
@@ -102,6 +102,7 @@ class Gems(nn.Module):
         num_domains: int,
         item_vectors_VE: Tensor,
         item_counts_V: Tensor,
+        item_users_V: Tensor,
         compressor: Compressor | None = None,
     ) -> None:
         """Draw fresh weights.
@@ -112,6 +113,7 @@ class Gems(nn.Module):
             num_domains: Domains the vocabulary knows.
             item_vectors_VE: Read off the log.
             item_counts_V: Events of each item.
+            item_users_V: Users who had any.
             compressor: Folds old events while training; a served model gets states ready-made.
         """
         super().__init__()
@@ -159,7 +161,7 @@ class Gems(nn.Module):
         if config.leaf == "items":
             self.leaf = nn.Linear(width, item_width, bias=False)
         if config.copies:
-            self.copy = CopyHead(width, item_width)
+            self.copy = CopyHead(width, item_width, item_facts(item_counts_V, item_users_V))
             self.gate = nn.Linear(width, 1)
 
     def set_stage(self, stage: Stage) -> None:

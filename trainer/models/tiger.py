@@ -64,6 +64,8 @@ class Tiger(Gems):
             num_domains=0,
             item_vectors_VE=item_vectors_VE,
             item_counts_V=item_counts_V,
+            # What counts users is the copy head, which is off.
+            item_users_V=torch.zeros_like(item_counts_V),
         )
         self.events = CodeEncoder(width=plain.width, sizes=semantic_ids.sizes)
 
