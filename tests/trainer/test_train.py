@@ -139,7 +139,7 @@ def test_model_survives_ids_it_never_saw(
 
 
 def test_an_items_facts_are_events_and_events_of_each_user() -> None:
-    """One user meets item 7 three times, two users item 9 once each; what comes later is unknown."""
+    """One user meets item 7 three times, two users item 9 once each; later events do not count."""
     log = EventLog.from_columns(
         {
             "user_id": np.array([1, 1, 1, 1, 2, 2]),
