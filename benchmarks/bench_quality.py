@@ -5,10 +5,11 @@
 
 Workload: one data set and one protocol (docs/quality.md). Every model named is trained from
 nothing with the same seconds of a processor (BUDGET_S), labels, targets and judge, and asked about
-the same sample of labels after the split, each before its events are shown: with the state of the moment (live)
-and, on the global protocol, with the state of the split (frozen). One file a model and seed under
-benchmarks/results/quality/SET; a file that was made with the same settings is not made again, so
-that a run that was stopped goes on. `make quality-pages` makes tables and plots of what is there.
+the same sample of labels after the split, each before its events are shown: with the state of the
+moment (live) and, on the global protocol, with the state of the split (frozen). One file a model
+and seed under benchmarks/results/quality/SET; a file that was made with the same settings is not
+made again, so that a run that was stopped goes on. `make quality-pages` makes tables and plots of
+what is there.
 Not measured: latency (bench-score) and training speed (bench-train).
 
 The last line says of each model hr10, ndcg10, recall100 and spread (the standard deviation of
@@ -125,6 +126,8 @@ def settings_of(request: Request, ground: Ground, rival: Rival, seed: int) -> di
             "window": rival.window,
             **rival.changes,
             "sources": rival.sources,
+            # Left out of the first definition, which results of old do not name.
+            **({"definition": rival.definition} if rival.definition > 1 else {}),
         },
         "seed": seed,
         "sample": dataclasses.asdict(request.sample),
