@@ -129,6 +129,8 @@ def settings_of(request: Request, ground: Ground, rival: Rival, seed: int) -> di
             "window": rival.window,
             **rival.changes,
             "sources": rival.sources,
+            # Left out of the first definition, which results of old do not name.
+            **({"definition": rival.definition} if rival.definition > 1 else {}),
         },
         "seed": seed,
         "sample": dataclasses.asdict(request.sample),

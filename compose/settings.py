@@ -30,6 +30,7 @@ from pydantic_settings import (
 
 from compose.errors import ComposeError
 from features.config import DEFAULT_ACTIONS, StateConfig
+from features.sources import HALF_LIFE_H_DEFAULT
 from scoring.signature import LOGGED_SHARE_DEFAULT
 
 CONFIG_FILE: Final = Path("moveline.toml")
@@ -121,6 +122,16 @@ class TrainingSettings(_Section):
     tensorboard: Path | None = None
 
 
+class SourcesSettings(_Section):
+    """Live sources beside the model: counted by the near-line app, weighed by training.
+
+    The half-life, in hours, is how long popularity takes to forget half: goods are in season for
+    weeks, news for hours.
+    """
+
+    half_life_h: int = Field(default=HALF_LIFE_H_DEFAULT, ge=1, le=24 * 365)
+
+
 class Settings(BaseSettings):
     """Everything a command needs to know of its surroundings."""
 
@@ -140,6 +151,7 @@ class Settings(BaseSettings):
     feature_log: FeatureLogSettings = Field(default_factory=FeatureLogSettings)
     state: StateSettings = Field(default_factory=StateSettings)
     training: TrainingSettings = Field(default_factory=TrainingSettings)
+    sources: SourcesSettings = Field(default_factory=SourcesSettings)
     model_repository: Path = Path("model_repo")
     models: Path = Path("models")
     run_dir: Path = RUN_DIR

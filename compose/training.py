@@ -18,17 +18,19 @@ from features.redis import CatalogueStore, Trending, connect
 from features.schema import schema_hash
 from scoring.signature import K_MAX, RETRIEVAL_MODEL
 from scoring.triton import TritonServer
-from trainer.baselines import own_frequency, popularity, recency_weighted
+from trainer.baselines import lists_of, own_frequency, popularity, recency_weighted
+from trainer.batches import BatchSource
 from trainer.dataset import label_groups
-from trainer.evaluate import held_out_groups, judge, model_ranker
+from trainer.evaluate import held_out_groups, judge
 from trainer.export import MANIFEST_FILE, Provenance, export, verify
 from trainer.loop import LoopConfig, Outputs
 from trainer.models.gems import GemsConfig
 from trainer.package import Package
 from trainer.publish import publish
 from trainer.ranks import joined
-from trainer.train import TrainConfig
+from trainer.train import TrainConfig, served
 from trainer.train import train as train_model
+from trainer.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
     from compose.settings import Settings
     from features.config import StateConfig
-    from trainer.batches import BatchSource
+    from trainer.dataset import EventLog
     from trainer.evaluate import Quality, Ranker
 
 
@@ -93,8 +95,9 @@ def train_package(settings: Settings, request: TrainRequest) -> TrainResult | No
         )
     if not ranks.is_first:
         return None
-    ranker = model_ranker(trained.model, trained.source)
-    metrics = measure(trained.source, ranker, split_ms=trained.split_ms, seed=request.seed)
+    judged = Judged.of(events.log, config)
+    ranker = lists_of(served(trained).ranker(trained.gate, judged.catalogue))
+    metrics = measure(judged.source, ranker, split_ms=trained.split_ms, seed=request.seed)
     created_ms = now_ms()
     package = request.out or settings.models / f"{RETRIEVAL_MODEL}-{created_ms}"
     export(
@@ -124,6 +127,7 @@ def _outputs(settings: Settings, *, resume: bool) -> Outputs:
 
 def _train_config(settings: Settings, request: TrainRequest, config: StateConfig) -> TrainConfig:
     return TrainConfig(
+        half_life_h=settings.sources.half_life_h,
         model=GemsConfig(num_recent=config.recent, num_mid=config.mid),
         loop=LoopConfig(
             budget_s=request.budget_s,
@@ -144,10 +148,27 @@ def evaluate_package(settings: Settings, package: Path, *, seed: int) -> dict[st
         TrainerError: the package is damaged, or nothing came after its split.
     """
     loaded = Package.load(package)
-    log = read_log(settings, stores_of(settings)[0].config)
-    source = loaded.source(log)
+    config = stores_of(settings)[0].config
+    log = read_log(settings, config)
+    judged = Judged.of(log, config)
+    ranker = loaded.ranker(loaded.source(log), judged.catalogue)
     split_ms = int(loaded.manifest["split_ms"])
-    return measure(source, loaded.ranker(source), split_ms=split_ms, seed=seed)
+    return measure(judged.source, ranker, split_ms=split_ms, seed=seed)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A log in terms of all its items: a live source may name what no model knows."""
+
+    catalogue: Vocabulary
+    source: BatchSource
+
+    @classmethod
+    def of(cls, log: EventLog, config: StateConfig) -> Judged:
+        """Number all items of the log."""
+        catalogue = Vocabulary.of(log, split_ms=int(log.event_time_ms_N.max()))
+        source = BatchSource.of(log, catalogue, num_recent=config.recent, num_mid=config.mid)
+        return cls(catalogue, source)
 
 
 def measure(source: BatchSource, model: Ranker, *, split_ms: int, seed: int) -> dict[str, float]:

@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features.history import known_rows
+from features.sources import HOUR_MS
 from trainer.batches import BatchSource
+from trainer.counted import Listed, LiveSources
 from trainer.dataset import Int64s, LabelGroups
 from trainer.evaluate import TOP_K, Ranker
 from trainer.vocabulary import UNKNOWN
@@ -29,31 +31,43 @@ DECAY = 0.995
 DECAY_WINDOW = 5_000
 # How often the popularity list is renewed.
 POPULARITY_REFRESH_MS = 86_400_000
-# Recent popularity forgets half in this time: goods are in season for weeks, news for hours. Its
-# list is renewed so many times within it, and events older than so many of it weigh nothing.
-HALF_LIFE_MS = 14 * 86_400_000
-NEWS_HALF_LIFE_MS = 3 * 3_600_000
-REFRESHES_PER_HALF_LIFE = 12
-HALF_LIVES_COUNTED = 10
-# Co-occurrence looks at the newest so many events with the user's last item, whoever's they were,
-# and at so many events after each; the s-th after weighs 1 / s.
-NUM_OCCURRENCES = 1_000
-NUM_STEPS = 5
+# Recent popularity forgets half in this time: goods are in season for weeks, news for hours.
+HALF_LIFE_MS = 14 * 24 * HOUR_MS
+NEWS_HALF_LIFE_MS = 3 * HOUR_MS
 
 
 def popularity(source: BatchSource, *, k: int = TOP_K, repeats: bool = True) -> Ranker:
     """Rank by the number of events so far, renewed daily from the first event on."""
-    return lists_of(
-        _renewed(source, k=k, repeats=repeats, refresh_ms=POPULARITY_REFRESH_MS, half_life_ms=None)
-    )
+    log = source.log
+    order = np.argsort(log.event_time_ms_N, kind="stable")
+    time_ms, item = log.event_time_ms_N[order], source.item_N[order]
+    cached: dict[int, Listed] = {}
+
+    def counted_at(number: int) -> Listed:
+        if number not in cached:
+            known = item[: int(np.searchsorted(time_ms, number * POPULARITY_REFRESH_MS))]
+            counts = np.bincount(known, minlength=1).astype(np.float64)
+            counts[UNKNOWN] = 0.0
+            best = np.argsort(-counts, kind="stable").astype(np.int64)
+            best = best[counts[best] > 0]
+            cached[number] = best, counts[best] / max(1e-9, counts.sum())
+        return cached[number]
+
+    def at(groups: LabelGroups, number: int) -> Listed:
+        return counted_at(int(groups.time_ms_G[number]) // POPULARITY_REFRESH_MS)
+
+    return lists_of(_listed(source, at, k=k, repeats=repeats))
 
 
 def recent_popularity(
-    source: BatchSource, *, half_life_ms: int, k: int = TOP_K, repeats: bool = True
+    source: BatchSource, live: LiveSources, *, k: int = TOP_K, repeats: bool = True
 ) -> ScoredRanker:
-    """Rank by the number of events so far, each worth half after a half-life."""
-    refresh_ms = half_life_ms // REFRESHES_PER_HALF_LIFE
-    return _renewed(source, k=k, repeats=repeats, refresh_ms=refresh_ms, half_life_ms=half_life_ms)
+    """Rank by the number of events lately, each worth half after a half-life; see counted.py."""
+
+    def at(groups: LabelGroups, number: int) -> Listed:
+        return live.popularity.at(int(groups.time_ms_G[number]))
+
+    return _listed(source, _in_terms_of(source, at), k=k, repeats=repeats)
 
 
 def own_frequency(
@@ -102,41 +116,16 @@ def own_recency(source: BatchSource, *, k: int = TOP_K) -> Ranker:
     return rank
 
 
-def co_occurrence(source: BatchSource, *, k: int = TOP_K, repeats: bool = True) -> ScoredRanker:
+def co_occurrence(
+    source: BatchSource, live: LiveSources, *, k: int = TOP_K, repeats: bool = True
+) -> ScoredRanker:
     """Rank what came soon after the user's last item, for anyone and up to the group's time."""
-    log = source.log
-    by_item = np.lexsort((log.event_time_ms_N, source.item_N))
-    sorted_item, sorted_ms = source.item_N[by_item], log.event_time_ms_N[by_item]
 
-    def one(last: int, time_ms: int) -> tuple[Int64s, NDArray[np.float64]]:
-        begin, end = np.searchsorted(sorted_item, (last, last + 1))
-        end = begin + np.searchsorted(sorted_ms[begin:end], time_ms)
-        rows_N = by_item[max(begin, end - NUM_OCCURRENCES) : end]
-        after_NS = rows_N[:, None] + np.arange(1, NUM_STEPS + 1)
-        inside_NS = after_NS < log.num_events
-        after_NS = np.minimum(after_NS, log.num_events - 1)
-        inside_NS &= log.user_N[after_NS] == log.user_N[rows_N][:, None]
-        inside_NS &= log.event_time_ms_N[after_NS] < time_ms
-        weight_NS = np.broadcast_to(1.0 / np.arange(1, NUM_STEPS + 1), after_NS.shape)
-        return source.item_N[after_NS[inside_NS]], weight_NS[inside_NS]
+    def at(groups: LabelGroups, number: int) -> Listed:
+        one = groups.select(slice(number, number + 1))
+        return live.followers.at(int(live.last_items(one)[0]), int(one.time_ms_G[0]))
 
-    def rank(groups: LabelGroups) -> Scored:
-        last = _own_items(source, groups, 1)[:, -1]
-        lists = []
-        for number, (item, time_ms) in enumerate(
-            zip(last.tolist(), groups.time_ms_G.tolist(), strict=True)
-        ):
-            after, weight = one(item, time_ms) if item != UNKNOWN else _NOTHING
-            if not repeats:
-                fresh = ~np.isin(after, seen_items(source, groups, number))
-                after, weight = after[fresh], weight[fresh]
-            lists.append(_heaviest(after, weight, k))
-        return _stacked(lists)
-
-    return rank
-
-
-_NOTHING = (np.zeros(0, np.int64), np.zeros(0))
+    return _listed(source, _in_terms_of(source, at), k=k, repeats=repeats)
 
 
 def seen_items(source: BatchSource, groups: LabelGroups, number: int) -> Int64s:
@@ -151,36 +140,34 @@ def lists_of(rank: ScoredRanker) -> Ranker:
     return lambda groups: rank(groups)[0]
 
 
-def _renewed(
-    source: BatchSource, *, k: int, repeats: bool, refresh_ms: int, half_life_ms: int | None
-) -> ScoredRanker:
-    """Rank by counts that are taken anew each time a refresh is due."""
-    log = source.log
-    order = np.argsort(log.event_time_ms_N, kind="stable")
-    time_ms, item = log.event_time_ms_N[order], source.item_N[order]
-    num_items = int(item.max(initial=0)) + 1
-    cached: dict[int, Scored] = {}
+def _in_terms_of(
+    source: BatchSource, at: Callable[[LabelGroups, int], Listed]
+) -> Callable[[LabelGroups, int], Listed]:
+    """Lists of raw ids as lists of the source's items; an item it does not know is left out."""
+    by_id = np.argsort(source.log.item_id_N, kind="stable")
+    ids_N, item_N = source.log.item_id_N[by_id], source.item_N[by_id]
 
-    def counted_at(number: int) -> Scored:
-        if number not in cached:
-            now_ms = number * refresh_ms
-            known = slice(0, int(np.searchsorted(time_ms, now_ms)))
-            weight = None
-            if half_life_ms is not None:
-                oldest_ms = now_ms - HALF_LIVES_COUNTED * half_life_ms
-                known = slice(int(np.searchsorted(time_ms, oldest_ms)), known.stop)
-                weight = 0.5 ** ((now_ms - time_ms[known]) / half_life_ms)
-            counts = np.bincount(item[known], weight, minlength=num_items).astype(np.float64)
-            counts[UNKNOWN] = 0.0
-            best = np.argsort(-counts, kind="stable").astype(np.int64)
-            best = best[counts[best] > 0]
-            cached[number] = best, counts[best] / max(1e-9, counts.sum())
-        return cached[number]
+    def named(groups: LabelGroups, number: int) -> Listed:
+        item_id, share = at(groups, number)
+        item = item_N[np.searchsorted(ids_N, item_id)]
+        return item[item != UNKNOWN], share[item != UNKNOWN]
+
+    return named
+
+
+def _listed(
+    source: BatchSource,
+    at: Callable[[LabelGroups, int], Listed],
+    *,
+    k: int,
+    repeats: bool,
+) -> ScoredRanker:
+    """Rank each label by a list of its own, without what was met where nothing repeats."""
 
     def rank(groups: LabelGroups) -> Scored:
         lists = []
-        for number, refresh in enumerate((groups.time_ms_G // refresh_ms).tolist()):
-            best, share = counted_at(refresh)
+        for number in range(len(groups)):
+            best, share = at(groups, number)
             if not repeats:
                 seen = seen_items(source, groups, number)
                 fresh = ~np.isin(best[: k + len(seen)], seen)

@@ -1,11 +1,9 @@
-"""Named extension `blend`: several rankings mixed with weights that the tuning window calibrates.
+"""Rankings mixed with constant weights that the tuning window calibrates.
 
-Not in the paper. Weights of a model are frozen while the world goes on: on news most of what is
-read tomorrow does not exist today. Counts of the last hours know it at once, so they stand beside
-the model as further sources of one mixture: the share of an item is the weighted sum of the shares
-that the sources give it. The weights are those under which the events of the tuning window are
-likeliest, found by expectation-maximisation; a model's vocabulary ends before that window, so that
-its share of unknown items is judged as it will be in service.
+The share of an item is the weighted sum of the shares that the sources give it. The weights are
+those under which the events of the tuning window are likeliest, found by expectation-maximisation.
+What is served (models/sources.py) starts at such weights and goes on to weigh each request by what
+is known of it; a blend here is a rival without a model.
 
 Legend: G labels, K places of a list, E events, S sources.
 """
@@ -23,19 +21,25 @@ from trainer.vocabulary import UNKNOWN
 NUM_ROUNDS = 200
 
 
-def calibrated(share_ES: Float64s) -> Float64s:
+def calibrated(share_ES: Float64s, *, made_up_S: Float64s | None = None) -> Float64s:
     """The weights [S] under which the events are likeliest.
 
     Args:
         share_ES: What each source gave the item that came; an event that no source named tells
             nothing.
+        made_up_S: Events that each source is taken to have named alone, besides; they decide where
+            there are few others. None if left out.
     """
     named = share_ES[share_ES.sum(axis=1) > 0]
+    made_up = np.zeros(share_ES.shape[1]) if made_up_S is None else made_up_S
     weight_S = np.full(share_ES.shape[1], 1.0 / share_ES.shape[1])
-    for _ in range(NUM_ROUNDS if len(named) else 0):
+    if not len(named) and not made_up.any():
+        return weight_S
+    for _ in range(NUM_ROUNDS):
         part_ES = named * weight_S
         part_ES = part_ES / np.maximum(part_ES.sum(axis=1, keepdims=True), np.finfo(float).tiny)
-        weight_S = part_ES.mean(axis=0)
+        weight_S = part_ES.sum(axis=0) + made_up
+        weight_S = weight_S / weight_S.sum()
     return weight_S
 
 

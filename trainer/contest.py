@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from features.sources import HOUR_MS
 from trainer.baselines import (
     DECAY,
     DECAY_WINDOW,
@@ -30,6 +31,8 @@ from trainer.baselines import (
 )
 from trainer.batches import NUM_TARGETS, Batch, BatchSource, LabelExamples, in_order
 from trainer.blend import blended, calibrated, target_shares
+from trainer.calibration import calibrate
+from trainer.counted import LiveSources
 from trainer.dataset import LabelGroups, newest
 from trainer.evaluate import BATCH_GROUPS, Ranker
 from trainer.item_vectors import co_occurrence_vectors, with_domains
@@ -45,6 +48,7 @@ from trainer.protocols import Task
 from trainer.rankers import Naming, gems_ranker, reading_of, sequence_ranker
 from trainer.rivals import RIVALS, Rival
 from trainer.semantic_ids import CODE_SIZES, learn_semantic_ids
+from trainer.served import Served
 from trainer.streaming_evaluation import (
     CUTS,
     LIST_LENGTH,
@@ -109,7 +113,8 @@ class Entry:
         scored: Its lists with probabilities; None for rankings that have none.
         fitted: How training went; None where nothing was trained.
         contribution: Mean share of each stream in what GEMs' decoder changed.
-        weights: Of the sources of a blend.
+        weights: Of the sources of a blend; of what is served, at the mean of the tuning window.
+        model: The trained one, where it can be served.
     """
 
     rank: Ranker
@@ -117,6 +122,7 @@ class Entry:
     fitted: Fitted | None = None
     contribution: list[float] | None = None
     weights: dict[str, float] | None = None
+    model: Gems | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +133,7 @@ class Contest:
         catalogue: Every item of the log; rankings name items by it.
         vocabulary: The items that weights may know.
         labels: What is learned from.
+        live: What live sources said at any time of the log.
         entered: What has been trained already; a blend takes its model from it.
     """
 
@@ -135,8 +142,8 @@ class Contest:
     vocabulary: Vocabulary
     source: BatchSource
     labels: LabelGroups
+    live: LiveSources
     repeats: bool
-    half_life_ms: int
     budget: Budget
     seed: int
     entered: dict[str, Entry] = field(default_factory=dict)
@@ -154,8 +161,8 @@ class Contest:
             vocabulary=Vocabulary.of(task.fitted, split_ms=int(task.fitted.event_time_ms_N.max())),
             source=BatchSource.of(task.log, catalogue, num_recent=STREAMS, num_mid=0),
             labels=labels.select(drawn),
+            live=LiveSources.of(task.log, half_life_h=max(1, half_life_ms // HOUR_MS)),
             repeats=repeats,
-            half_life_ms=half_life_ms,
             budget=budget,
             seed=seed,
         )
@@ -171,6 +178,8 @@ class Contest:
             return self._free(rival.base)
         if rival.kind == "blend":
             return self._blend(rival)
+        if rival.kind == "served":
+            return self._served(rival)
         prepare_torch(self.budget.loop(self.seed))
         if rival.kind == "sequence":
             return self._sequence(rival)
@@ -184,10 +193,10 @@ class Contest:
             return Entry(own_recency(source, k=k))
         scored: dict[str, Callable[[], ScoredRanker]] = {
             "recent_popularity": lambda: recent_popularity(
-                source, half_life_ms=self.half_life_ms, k=k, repeats=self.repeats
+                source, self.live, k=k, repeats=self.repeats
             ),
             "own_frequency": lambda: own_shares(source, window=DECAY_WINDOW, decay=DECAY, k=k),
-            "co_occurrence": lambda: co_occurrence(source, k=k, repeats=self.repeats),
+            "co_occurrence": lambda: co_occurrence(source, self.live, k=k, repeats=self.repeats),
         }
         rank = scored[base]()
         return Entry(lists_of(rank), rank)
@@ -210,6 +219,23 @@ class Contest:
         rank = blended(sources, weight_S)
         weights = {name: round(float(one), 4) for name, one in zip(names, weight_S, strict=True)}
         return Entry(lists_of(rank), rank, weights=weights)
+
+    def _served(self, rival: Rival) -> Entry:
+        """Put the live sources beside a model that is trained once for all who serve it."""
+        alone = self.enter(rival.sources[0])
+        assert alone.model is not None, "only GEMs is served"
+        served = Served(
+            alone.model,
+            self.vocabulary,
+            self._gems_source(alone.model.config),
+            self.live,
+            repeats=self.repeats,
+        )
+        gate = calibrate(served, self.task.calibrate, by_facts=rival.base == "by_facts")
+        rank = served.ranker(gate, self.catalogue)
+        weight_W = gate.bias_W.detach().softmax(dim=0).tolist()
+        weights = {name: round(one, 4) for name, one in zip(rival.sources, weight_W, strict=True)}
+        return dataclasses.replace(alone, rank=lists_of(rank), scored=rank, weights=weights)
 
     def _sequence(self, rival: Rival) -> Entry:
         config = SequenceConfig(num_events=rival.window)
@@ -245,18 +271,14 @@ class Contest:
             settings,
             tables_ms=int(self.task.fitted.event_time_ms_N.max()),
         )
-        source = BatchSource.of(
-            self.task.log,
-            self.vocabulary,
-            num_recent=config.num_recent,
-            num_mid=config.num_mid,
-            num_older=config.num_older_read,
-        )
+        source = self._gems_source(config)
         scored = gems_ranker(model, source, self._naming())
         fitted = self._fit(
             GemsLearner(model), source, scored, rival.base, stages=training_stages(model)
         )
-        return Entry(lists_of(scored), scored, fitted, self._contribution(model, source))
+        return Entry(
+            lists_of(scored), scored, fitted, self._contribution(model, source), model=model
+        )
 
     def _fit(
         self,
@@ -288,6 +310,15 @@ class Contest:
         with torch.inference_mode():
             share_B3 = reading_of(model, source, some).contribution_B3
         return [round(one, 4) for one in share_B3.mean(dim=0).tolist()]
+
+    def _gems_source(self, config: GemsConfig) -> BatchSource:
+        return BatchSource.of(
+            self.task.log,
+            self.vocabulary,
+            num_recent=config.num_recent,
+            num_mid=config.num_mid,
+            num_older=config.num_older_read,
+        )
 
     def _window(self, num_events: int) -> BatchSource:
         # A source always has a mid-term stream of one event, which counts here.

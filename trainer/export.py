@@ -17,10 +17,14 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
+from features.sources import SOURCES
 from trainer.batches import PADDING
+from trainer.calibration import described
 from trainer.errors import ExportError
+from trainer.item_vectors import usual_domains
 from trainer.models.lifelong import Compressor, memory_version
 from trainer.models.serving import (
+    NUM_CANDIDATES,
     NUM_EXCLUDED,
     GemsServing,
     Tensors,
@@ -29,6 +33,7 @@ from trainer.models.serving import (
     input_signature,
     output_signature,
 )
+from trainer.models.sources import FACTS
 from trainer.train import Trained
 
 MANIFEST_FILE = "manifest.json"
@@ -38,7 +43,8 @@ COMPRESSOR_FILE = "compressor.pt2"
 # The vocabulary: little-endian int64, ascending; `available` is indexed by place in it.
 ITEM_IDS_FILE = "item_ids.i64"
 # 2: lifelong memory is a state with a count, and a compressor is in the package.
-MANIFEST_VERSION = 2
+# 3: live sources, candidates and a domain are inputs, and answers say what sources contributed.
+MANIFEST_VERSION = 3
 # Requests that one call may carry; bounds the memory of a call.
 MAX_BATCH = 64
 # Mid-term events that one user's request may carry: it grows by what waits to be folded, and
@@ -87,7 +93,7 @@ def export(trained: Trained, staging: Path, provenance: Provenance) -> dict[str,
     if any(staging.iterdir()):
         msg = f"{staging} is not empty; give an empty staging directory"
         raise ExportError(msg)
-    serving = GemsServing(trained.model, trained.vocabulary).eval()
+    serving = serving_of(trained)
     if trained.config.model.mid_attention == "measured":
         serving.choose_mid_attention(faster_mid_attention(serving))
     save_package(exported(serving), staging / MODEL_FILE)
@@ -102,6 +108,17 @@ def export(trained: Trained, staging: Path, provenance: Provenance) -> dict[str,
     manifest["files"] = {name: sha256_of(staging / name) for name in files}
     (staging / MANIFEST_FILE).write_bytes(manifest_bytes(manifest))
     return manifest
+
+
+def serving_of(trained: Trained) -> GemsServing:
+    """The trained model as it is served, live sources and domains of items with it."""
+    log, vocabulary = trained.source.log, trained.vocabulary
+    return GemsServing(
+        trained.model,
+        vocabulary,
+        gate=trained.gate,
+        item_domain_V=usual_domains(log, vocabulary),
+    ).eval()
 
 
 def faster_mid_attention(serving: GemsServing) -> Literal["full", "indexer"]:
@@ -290,9 +307,16 @@ def _manifest(trained: Trained, serving: GemsServing, provenance: Provenance) ->
         },
         "num_items": num_items,
         "num_domains": len(trained.vocabulary.domain_ids),
+        "sources": {
+            "names": list(SOURCES),
+            "half_life_h": trained.config.half_life_h,
+            "facts": list(FACTS),
+            **described(serving.gate, ("model", *SOURCES)),
+        },
         "beam_width": serving.beam_width,
         "max_batch": MAX_BATCH,
         "num_excluded": NUM_EXCLUDED,
+        "num_candidates": NUM_CANDIDATES,
         "padding": PADDING,
         "inputs": [_described(spec) for spec in inputs],
         "outputs": [_described(spec) for spec in output_signature()],

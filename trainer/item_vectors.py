@@ -92,3 +92,19 @@ def with_domains(vectors_VD: Tensor, log: EventLog, vocabulary: Vocabulary) -> T
         torch.from_numpy(domain_I[1:]), len(vocabulary.domain_ids) + 1
     )
     return torch.cat((vectors_VD, DOMAIN_WEIGHT * one_hot.float()), dim=1)
+
+
+def usual_domains(log: EventLog, vocabulary: Vocabulary) -> Tensor:
+    """The most frequent domain of each item in the log, as a hash with its bits signed [V].
+
+    Ties go to the smaller hash; an item without an event has none, 0.
+    """
+    item_N = vocabulary.index_items(log.item_id_N)
+    domains, domain_N = np.unique(log.domain_N, return_inverse=True)
+    pair, count = np.unique(item_N * len(domains) + domain_N, return_counts=True)
+    item, domain = np.divmod(pair, len(domains))
+    usual_I = np.zeros(vocabulary.num_items + 1, np.int64)
+    # The last one written to an item stays: the most frequent comes last, of equals the smaller.
+    order = np.lexsort((-domain, count, item))
+    usual_I[item[order]] = domains[domain[order]]
+    return torch.from_numpy(usual_I[1:])

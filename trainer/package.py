@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.batches import BatchSource
+from trainer.batches import PADDING, BatchSource
+from trainer.counted import LiveSources
 from trainer.dataset import EventLog, Int64s, LabelGroups
 from trainer.evaluate import Ranker
 from trainer.export import COMPRESSOR_FILE, ITEM_IDS_FILE, MODEL_FILE, verify
 from trainer.vocabulary import Vocabulary
-
-_PADDING_ITEM = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +55,26 @@ class Package:
             num_older=0 if self.compressor is None else model["num_older"],
         )
 
-    def ranker(self, source: BatchSource) -> Ranker:
-        """Rank by the exported graph itself."""
+    def ranker(self, source: BatchSource, catalogue: Vocabulary | None = None) -> Ranker:
+        """Rank by the exported graph itself, live sources counted from the source's log.
+
+        Args:
+            source: As `source` makes it.
+            catalogue: What lists name items by; the package's own items, without those that only
+                live sources know, if left out.
+        """
+        live = LiveSources.of(source.log, half_life_h=self.manifest["sources"]["half_life_h"])
+        named = catalogue or Vocabulary(self.item_ids_V, np.zeros(0, np.int64))
 
         def rank(groups: LabelGroups) -> Int64s:
             with torch.inference_mode():
-                item_id, _, _ = self.graph(*self._inputs(source, groups))
-            return source_index(self.item_ids_V, item_id)
+                item_id, _, _ = self.graph(*self._inputs(source, live, groups))
+            return named.index_items(item_id.numpy())
 
         return rank
 
-    def _inputs(self, source: BatchSource, groups: LabelGroups) -> list[Tensor]:
-        raw = raw_streams(source, groups)
+    def _inputs(self, source: BatchSource, live: LiveSources, groups: LabelGroups) -> list[Tensor]:
+        raw = raw_streams(source, groups) | raw_sources(live, groups)
         older = source.older(groups)
         if self.compressor is not None and older is not None:
             raw["lifelong"], raw["lifelong_count"] = self.compressor(*older)
@@ -75,15 +82,19 @@ class Package:
         for spec in self.manifest["inputs"]:
             name, dtype = spec["name"], getattr(torch, spec["dtype"])
             shape = (len(groups), *spec["shape"]) if spec["batched"] else tuple(spec["shape"])
-            fill = {"exclude_item": _PADDING_ITEM, "available": 1}.get(name, 0)
+            fill = {"available": 1}.get(name, PADDING if name.endswith("_item") else 0)
             inputs.append(raw[name] if name in raw else torch.full(shape, fill, dtype=dtype))
         return inputs
 
 
-def source_index(item_ids_V: Int64s, item_id_GK: Tensor) -> Int64s:
-    """Dense index of each returned id, 0 for padding."""
-    ids = item_id_GK.numpy()
-    return np.where(ids == _PADDING_ITEM, 0, np.searchsorted(item_ids_V, ids) + 1)
+def raw_sources(live: LiveSources, groups: LabelGroups) -> dict[str, Tensor]:
+    """The inputs of the served signature that live sources fill."""
+    counted = live.at(groups)
+    return {
+        "counted_item": torch.from_numpy(counted.item_BSK),
+        "counted_share": torch.from_numpy(counted.share_BSK),
+        "counted_domain": torch.from_numpy(counted.domain_BS),
+    }
 
 
 def raw_streams(source: BatchSource, groups: LabelGroups) -> dict[str, Tensor]:
@@ -92,7 +103,7 @@ def raw_streams(source: BatchSource, groups: LabelGroups) -> dict[str, Tensor]:
     log = source.log
     time_ms = log.event_time_ms_N[rows]
     columns = {
-        "item": np.where(known, log.item_id_N[rows], _PADDING_ITEM),
+        "item": np.where(known, log.item_id_N[rows], PADDING),
         "age_ms": np.where(known, time_ms[:, -1:] - time_ms, 0),
         "domain": np.where(known, log.domain_N[rows], 0),
         "action": np.where(known, log.action_N[rows], 0),

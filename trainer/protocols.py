@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 ProtocolName = Literal["global", "leave_one_out"]
 # The share of event times that weights and tables may know; up to TRAIN_QUANTILE it is tuned on.
 FIT_QUANTILE = 0.83
+# Labels of the tuning window that weigh the model and the live sources, at most; drawn by seed.
+CALIBRATION_USERS = 800
+CALIBRATION_TIMES_PER_USER = 2
 # A user needs that many events: one to know, one to tune on, one to judge.
 SHORTEST_HISTORY = 3
 
@@ -58,6 +61,7 @@ class Task:
         fitted: The events that weights, item tables and vocabulary may know.
         live: The judged labels, each with what was known at its moment.
         frozen: The same labels with what was known at the split; None where time is not split.
+        calibrate: More labels of the tuning window, for the weights of the live sources.
         split_ms: The split; None where time is not split.
     """
 
@@ -65,6 +69,7 @@ class Task:
     fitted: EventLog
     learn: LabelGroups
     tune: LabelGroups
+    calibrate: LabelGroups
     live: LabelGroups
     frozen: LabelGroups | None
     split_ms: int | None
@@ -100,13 +105,20 @@ def global_split(
         max_users=sample.test_users,
         max_groups_per_user=sample.test_times_per_user,
     )
-    tune = held_out_groups(
-        log,
-        candidates.select(candidates.time_ms_G <= split_ms),
-        split_ms=fit_ms,
-        seed=sample.seed,
-        max_users=sample.tune_users,
-        max_groups_per_user=sample.tune_times_per_user,
+    window = candidates.select(candidates.time_ms_G <= split_ms)
+    tune, calibrate = (
+        held_out_groups(
+            log,
+            window,
+            split_ms=fit_ms,
+            seed=sample.seed,
+            max_users=max_users,
+            max_groups_per_user=max_times,
+        )
+        for max_users, max_times in (
+            (sample.tune_users, sample.tune_times_per_user),
+            (CALIBRATION_USERS, CALIBRATION_TIMES_PER_USER),
+        )
     )
     at_split = np.full(len(live), split_ms + 1)
     return Task(
@@ -114,6 +126,7 @@ def global_split(
         fitted=rows_of(log, _fitted(log, fit_ms, fitted_events)),
         learn=training_groups(log, groups, split_ms=fit_ms),
         tune=tune,
+        calibrate=calibrate,
         live=live,
         frozen=labels_at(log, log.user_ids_U[live.user_G], at_split),
         split_ms=split_ms,
@@ -150,12 +163,14 @@ def leave_one_out(log: EventLog, sample: Sample) -> Task:
     second_last_N = enough_N & (to_come_N == 2)  # noqa: PLR2004 - the last but one
     held_back_N = last_N | second_last_N
     rng = np.random.default_rng(sample.seed)
-    tune = rng.permutation(np.flatnonzero(second_last_N))[: sample.tune_users]
+    drawn = rng.permutation(np.flatnonzero(second_last_N))
+    tune, calibrate = drawn[: sample.tune_users], drawn[:CALIBRATION_USERS]
     return Task(
         log=log,
         fitted=rows_of(log, ~held_back_N),
         learn=labels.select(has_past_N & ~held_back_N),
         tune=labels.select(np.sort(tune)),
+        calibrate=labels.select(np.sort(calibrate)),
         live=labels.select(last_N),
         frozen=None,
         split_ms=None,

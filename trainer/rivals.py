@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from features.sources import SOURCES
 from trainer.streaming_evaluation import RECENT, STREAMS
 
-Kind = Literal["free", "sequence", "tiger", "gems", "blend"]
+Kind = Literal["free", "sequence", "tiger", "gems", "served", "blend"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +17,9 @@ class Rival:
         base: Which model; for those without one the function of baselines.py.
         window: Newest events that a single-stream model reads.
         changes: What differs from the defaults of GEMs.
-        sources: What a blend mixes.
+        sources: What a blend mixes, or the model that is served and its live sources.
+        definition: Raised where what a rival computes has changed, so that older results of it are
+            not taken for new ones.
         note: What it is, for the table.
     """
 
@@ -26,16 +29,20 @@ class Rival:
     window: int = RECENT
     changes: dict[str, object] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
+    definition: int = 1
 
 
-# Counts that a blend adds, live up to the moment.
-COUNTED = ("recent_popularity", "co_occurrence", "own_frequency")
+# Counts that a blend mixes, live up to the moment.
+COUNTED = (*SOURCES, "own_frequency")
 # What the paper does not have.
 PLAIN: dict[str, object] = {"copy": "off", "prior": "off", "leaf": "codes"}
 RIVALS: dict[str, Rival] = {
     "popularity": Rival(kind="free", base="popularity", note="events so far, renewed daily"),
     "recent_popularity": Rival(
-        kind="free", base="recent_popularity", note="events so far, halved each half-life"
+        kind="free",
+        base="recent_popularity",
+        note="events lately, halved each half-life",
+        definition=2,
     ),
     "own_frequency": Rival(
         kind="free",
@@ -44,7 +51,10 @@ RIVALS: dict[str, Rival] = {
     ),
     "own_recency": Rival(kind="free", base="own_recency", note="own items, the newest first"),
     "co_occurrence": Rival(
-        kind="free", base="co_occurrence", note="what came soon after the last item, for anyone"
+        kind="free",
+        base="co_occurrence",
+        note="what came soon after the last item, for anyone",
+        definition=2,
     ),
     "gru4rec": Rival(kind="sequence", base="gru4rec", note="recurrent, 64 events"),
     "gru4rec_long": Rival(
@@ -62,47 +72,57 @@ RIVALS: dict[str, Rival] = {
     "tiger_long": Rival(
         kind="tiger", base="tiger", note="semantic ids from one stream of 512", window=STREAMS
     ),
-    "gems": Rival(kind="gems", base="gems", note="as served: all streams, all extensions"),
+    "gems": Rival(
+        kind="served",
+        base="by_facts",
+        note="as served: the model and the live sources",
+        sources=("gems_no_sources", *SOURCES),
+    ),
+    "gems_constant_weights": Rival(
+        kind="served",
+        base="constant",
+        note="as served, the weights of model and sources constant",
+        sources=("gems_no_sources", *SOURCES),
+    ),
+    "gems_no_sources": Rival(kind="gems", base="gems", note="the model alone: no live sources"),
     "gems_plain": Rival(
         kind="gems", base="gems", note="the paper's method alone: no extension", changes=PLAIN
     ),
     "gems_no_copy": Rival(
-        kind="gems", base="gems", note="as served without the copy head", changes={"copy": "off"}
+        kind="gems", base="gems", note="the model without the copy head", changes={"copy": "off"}
     ),
     "gems_no_prior": Rival(
-        kind="gems", base="gems", note="as served without the prior", changes={"prior": "off"}
+        kind="gems", base="gems", note="the model without the prior", changes={"prior": "off"}
     ),
     "gems_sum": Rival(kind="gems", base="gems", note="fusion sum", changes={"fusion": "sum"}),
     "gems_mean": Rival(kind="gems", base="gems", note="fusion mean", changes={"fusion": "mean"}),
     "gems_recent_only": Rival(
         kind="gems",
         base="gems",
-        note="as served, recent stream alone",
+        note="the model, recent stream alone",
         changes={"streams": ("recent",)},
     ),
     "gems_no_mid": Rival(
         kind="gems",
         base="gems",
-        note="as served without the mid-term stream",
+        note="the model without the mid-term stream",
         changes={"streams": ("recent", "lifelong")},
     ),
     "gems_no_lifelong": Rival(
         kind="gems",
         base="gems",
-        note="as served without the lifelong stream",
+        note="the model without the lifelong stream",
         changes={"streams": ("recent", "mid")},
     ),
     "gems_gate": Rival(
         kind="gems", base="gems", note="learned gate instead of the sum", changes={"fusion": "gate"}
     ),
-    "gems_blend": Rival(
+    "counts_blend": Rival(
         kind="blend",
         base="blend",
-        note="gems with live counts as further sources, calibrated",
-        sources=("gems", *COUNTED),
-    ),
-    "counts_blend": Rival(
-        kind="blend", base="blend", note="the same without gems", sources=COUNTED
+        note="live counts alone, own items among them, constant weights",
+        sources=COUNTED,
+        definition=2,
     ),
 }
 
@@ -118,8 +138,9 @@ DEFAULT_RIVALS = (
     "hstu",
     "tiger",
     "gems",
+    "gems_constant_weights",
+    "gems_no_sources",
     "gems_plain",
-    "gems_blend",
     "counts_blend",
 )
 # Models that read one stream of the recent stream's length.

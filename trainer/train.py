@@ -8,7 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from features.sources import HALF_LIFE_H_DEFAULT
 from trainer.batches import NUM_TARGETS, PADDING, Batch, BatchSource, LabelExamples
+from trainer.calibration import calibrate
+from trainer.counted import LiveSources
 from trainer.dataset import (
     TRAIN_QUANTILE,
     EventLog,
@@ -18,16 +21,26 @@ from trainer.dataset import (
     split_time_ms,
     training_groups,
 )
-from trainer.errors import BudgetError
+from trainer.errors import BudgetError, EmptyWindowError
+from trainer.evaluate import held_out_groups
 from trainer.item_vectors import co_occurrence_vectors, with_domains
 from trainer.loop import NO_OUTPUTS, Fitted, Learner, LoopConfig, Outputs, Stage, fit, prepare_torch
 from trainer.models.config import GemsConfig
 from trainer.models.gems import Gems
 from trainer.models.indexer import DISTIL, FULL, TOP_K
 from trainer.models.lifelong import Compressor
+from trainer.models.sources import SourceGate
 from trainer.semantic_ids import CODE_SIZES, learn_semantic_ids
+from trainer.served import Served
 from trainer.vocabulary import Vocabulary, item_counts, item_users
 
+# The newest share of event times before the split, which nothing is learned from: there the model
+# is weighed against the live sources. Where it holds no label, nothing is weighed.
+CALIBRATION_SHARE = 0.02
+# Labels of it that are looked at, at most; drawn by seed.
+CALIBRATION_USERS = 800
+CALIBRATION_TIMES_PER_USER = 2
+CALIBRATION_SEED = 5
 # Shares of a training after which its stages begin. The paper stops each when its loss has
 # converged and calls the third short; shares end within a given budget.
 STAGE_BEGINS = (0.0, 0.6, 0.85)
@@ -40,11 +53,13 @@ class TrainConfig:
     Attributes:
         label_share: Share of the training labels that is learned from, the newest: they resemble
             what will be asked most, and have the fullest histories.
+        half_life_h: Of the live source of recent popularity, in hours.
     """
 
     label_share: float = 0.4
     num_targets: int = NUM_TARGETS
     train_quantile: float = TRAIN_QUANTILE
+    half_life_h: int = HALF_LIFE_H_DEFAULT
     code_sizes: tuple[int, int, int] = CODE_SIZES
     model: GemsConfig = field(default_factory=GemsConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -52,7 +67,12 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A model, and what its evaluation and export need to know of its training."""
+    """A model, and what its evaluation and export need to know of its training.
+
+    Attributes:
+        split_ms: The end of the training window, its calibration part included.
+        gate: Weighs the model and the live sources.
+    """
 
     model: Gems
     config: TrainConfig
@@ -61,6 +81,7 @@ class Trained:
     groups: LabelGroups
     split_ms: int
     fitted: Fitted
+    gate: SourceGate = field(default_factory=SourceGate.untuned)
 
 
 class GemsLearner(Learner[Batch]):
@@ -93,6 +114,8 @@ def train(
 ) -> Trained:
     """Learn semantic ids and the model from the events up to the split.
 
+    The newest part before the split is kept from the model, to weigh it against the live sources.
+
     Args:
         log: The events.
         config: What and how long.
@@ -112,8 +135,9 @@ def train(
     prepare_torch(config.loop)
     groups = label_groups(log)
     split_ms = split_time_ms(log, quantile=config.train_quantile)
-    learnable = newest(training_groups(log, groups, split_ms=split_ms), share=config.label_share)
-    vocabulary = Vocabulary.of(log, split_ms=split_ms)
+    fit_ms = fit_time_ms(log, groups, config)
+    learnable = newest(training_groups(log, groups, split_ms=fit_ms), share=config.label_share)
+    vocabulary = Vocabulary.of(log, split_ms=fit_ms)
     source = BatchSource.of(
         log,
         vocabulary,
@@ -121,7 +145,7 @@ def train(
         num_mid=config.model.num_mid,
         num_older=config.model.num_older_read,
     )
-    model = new_model(log, vocabulary, config, tables_ms=split_ms, compressor=compressor)
+    model = new_model(log, vocabulary, config, tables_ms=fit_ms, compressor=compressor)
     fitted = fit(
         GemsLearner(model),
         LabelExamples(source, learnable, config.num_targets),
@@ -136,7 +160,7 @@ def train(
             f"{fitted.seconds:.1f} s went by before the first step, but budget_s is "
             f"{config.loop.budget_s}; train again with a larger budget"
         )
-    return Trained(
+    trained = Trained(
         model=model,
         config=config,
         vocabulary=vocabulary,
@@ -145,6 +169,46 @@ def train(
         split_ms=split_ms,
         fitted=fitted,
     )
+    return with_gate(trained, calibration_groups(log, groups, fit_ms=fit_ms, split_ms=split_ms))
+
+
+def fit_time_ms(log: EventLog, groups: LabelGroups, config: TrainConfig) -> int:
+    """The last millisecond that weights and tables know; the split where little comes before it."""
+    split_ms = split_time_ms(log, quantile=config.train_quantile)
+    fit_ms = split_time_ms(log, quantile=config.train_quantile - CALIBRATION_SHARE)
+    try:
+        training_groups(log, groups, split_ms=fit_ms)
+    except EmptyWindowError:
+        return split_ms
+    return fit_ms
+
+
+def calibration_groups(
+    log: EventLog, groups: LabelGroups, *, fit_ms: int, split_ms: int
+) -> LabelGroups:
+    """A sample of the labels after `fit_ms` up to the split; there may be none."""
+    window = groups.select((groups.time_ms_G > fit_ms) & (groups.time_ms_G <= split_ms))
+    if len(window) == 0:
+        return window
+    return held_out_groups(
+        log,
+        window,
+        split_ms=fit_ms,
+        seed=CALIBRATION_SEED,
+        max_users=CALIBRATION_USERS,
+        max_groups_per_user=CALIBRATION_TIMES_PER_USER,
+    )
+
+
+def with_gate(trained: Trained, groups: LabelGroups) -> Trained:
+    """The same with its live sources weighed by labels that the model was not fitted on."""
+    return replace(trained, gate=calibrate(served(trained), groups))
+
+
+def served(trained: Trained) -> Served:
+    """The trained model with its live sources over the log it was trained on."""
+    live = LiveSources.of(trained.source.log, half_life_h=trained.config.half_life_h)
+    return Served(trained.model, trained.vocabulary, trained.source, live)
 
 
 def training_stages(model: Gems) -> list[Stage]:

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from trainer.baselines import (
-    NUM_OCCURRENCES,
     co_occurrence,
     lists_of,
     own_frequency,
@@ -13,6 +12,7 @@ from trainer.baselines import (
     recent_popularity,
 )
 from trainer.batches import BatchSource
+from trainer.counted import LiveSources
 from trainer.dataset import EventLog, label_groups
 from trainer.evaluate import Ranker
 from trainer.vocabulary import Vocabulary
@@ -37,6 +37,11 @@ def source_of(rows: Rows) -> tuple[BatchSource, Vocabulary]:
     return BatchSource.of(log, catalogue), catalogue
 
 
+def live_of(source: BatchSource) -> LiveSources:
+    """The live sources with the longest half-life that a week of hours can tell."""
+    return LiveSources.of(source.log, half_life_h=7 * 24)
+
+
 def ranked(rank: Ranker, source: BatchSource, catalogue: Vocabulary, *, place: int) -> list[int]:
     """Item ids for the label at a place of the log's labels."""
     row = rank(label_groups(source.log).select(np.array([place])))[0]
@@ -49,13 +54,13 @@ def test_own_recency_is_the_newest_distinct_first() -> None:
 
 
 def test_recent_popularity_forgets() -> None:
-    rows = [(1, 1, 5), (1, 2, 5), (1, 3, 5), (1, 40, 6), (2, 41, 7), (2, 60, 9)]
+    rows = [(1, 1, 5), (1, 2, 5), (1, 3, 5), (1, 40, 6), (2, 41, 7), (2, 45, 9)]
     source, catalogue = source_of(rows)
     last = len(label_groups(source.log)) - 1
     often = popularity(source)
     assert ranked(often, source, catalogue, place=last)[0] == 5
-    newly = lists_of(recent_popularity(source, half_life_ms=7 * DAY_MS))
-    assert ranked(newly, source, catalogue, place=last)[:2] == [7, 6]
+    newly = lists_of(recent_popularity(source, live_of(source)))
+    assert ranked(newly, source, catalogue, place=last) == [7, 6], "and the old ones not at all"
 
 
 def test_what_was_met_is_left_out_where_nothing_repeats() -> None:
@@ -63,28 +68,36 @@ def test_what_was_met_is_left_out_where_nothing_repeats() -> None:
     source, catalogue = source_of(rows)
     # Labels in row order: three of user 1, then user 2's.
     assert ranked(popularity(source, repeats=False), source, catalogue, place=2) == [8]
-    assert ranked(lists_of(co_occurrence(source, repeats=False)), source, catalogue, place=2) == [8]
-    assert ranked(lists_of(co_occurrence(source)), source, catalogue, place=5) == []
+    assert ranked(
+        lists_of(co_occurrence(source, live_of(source), repeats=False)), source, catalogue, place=2
+    ) == [8]
+    assert (
+        ranked(lists_of(co_occurrence(source, live_of(source))), source, catalogue, place=5) == []
+    )
     assert set(ranked(popularity(source), source, catalogue, place=2)) == {5, 6, 8}
 
 
 def test_co_occurrence_prefers_what_came_sooner() -> None:
     rows = [(2, 1, 5), (2, 2, 6), (2, 3, 7), (3, 1, 5), (3, 2, 6), (1, 9, 5), (1, 10, 4)]
     source, catalogue = source_of(rows)
-    assert ranked(lists_of(co_occurrence(source)), source, catalogue, place=1) == [6, 7]
+    assert ranked(lists_of(co_occurrence(source, live_of(source))), source, catalogue, place=1) == [
+        6,
+        7,
+    ]
     # Before anyone went on from item 5 nothing is known to follow it.
-    assert ranked(lists_of(co_occurrence(source)), source, catalogue, place=3) == []
-    assert NUM_OCCURRENCES > 2
+    assert (
+        ranked(lists_of(co_occurrence(source, live_of(source))), source, catalogue, place=3) == []
+    )
 
 
 @pytest.mark.parametrize(
     "make",
     [
         popularity,
-        lambda source: lists_of(recent_popularity(source, half_life_ms=DAY_MS)),
+        lambda source: lists_of(recent_popularity(source, live_of(source))),
         own_frequency,
         own_recency,
-        lambda source: lists_of(co_occurrence(source)),
+        lambda source: lists_of(co_occurrence(source, live_of(source))),
     ],
 )
 def test_no_ranking_knows_the_future(make: type, log: EventLog) -> None:

@@ -15,6 +15,7 @@ BUDGET = Budget(seconds=60.0, epochs=1.0, examples_per_batch=16, judge_every_ste
 SMALL = Sample(test_users=4, test_times_per_user=3, tune_users=4, tune_times_per_user=2)
 # One of each way to be trained.
 NEURAL = ("gru4rec", "sasrec_long", "hstu", "tiger", "gems", "gems_recent_only")
+ALL_PARTS = ["gems_no_sources", "recent_popularity", "co_occurrence"]
 COUNTED = ("co_occurrence", "own_frequency", "counts_blend")
 
 
@@ -71,3 +72,16 @@ def test_the_table_of_rivals_is_whole() -> None:
     trained = [name for name in DEFAULT_RIVALS if RIVALS[name].kind != "free"]
     assert len(trained) >= 5
     assert {"gems", "sasrec", "hstu"} <= set(trained)
+
+
+def test_what_is_served_trains_its_model_once_and_says_its_weights(task: Task) -> None:
+    contest = contest_of(task)
+    alone = contest.enter("gems_no_sources")
+    entries = [contest.enter(name) for name in ("gems", "gems_constant_weights")]
+    for entry in entries:
+        assert entry.model is alone.model
+        assert entry.fitted is alone.fitted
+        assert entry.weights is not None
+        assert list(entry.weights) == ALL_PARTS
+        assert sum(entry.weights.values()) == pytest.approx(1.0, abs=1e-3)
+    assert alone.weights is None

@@ -24,9 +24,11 @@ from trainer.export import (
     export,
     faster_mid_attention,
     pickles_in,
+    serving_of,
     verify,
 )
-from trainer.models.serving import K_MAX, PADDING, GemsServing
+from trainer.models.config import GemsConfig
+from trainer.models.serving import K_MAX, PADDING, GemsServing, input_signature
 from trainer.train import Trained, train
 
 PROVENANCE = Provenance(
@@ -37,6 +39,7 @@ PROVENANCE = Provenance(
     feature_schema_hash="f" * 64,
     metrics={"hr10_model": 0.5},
 )
+NAMES = [spec.name for spec in input_signature(GemsConfig(), num_items=1)]
 # Loads a package with torch alone and answers the tensors it finds beside it.
 FOREIGN = """
 import sys, torch
@@ -81,7 +84,7 @@ def test_package_equals_eager(directory: Path, trained: Trained, batch: int) -> 
     inputs = _raw_inputs(trained, _groups(trained, batch))
     loaded = torch.export.load(directory / MODEL_FILE).module()
     with torch.no_grad():
-        expected = GemsServing(trained.model, trained.vocabulary).eval()(*inputs)
+        expected = serving_of(trained)(*inputs)
         actual = loaded(*inputs)
     assert torch.equal(actual[0], expected[0])
     for got, wanted in zip(actual[1:], expected[1:], strict=True):
@@ -94,7 +97,7 @@ def test_a_thousand_users_get_the_items_of_the_trained_model(
     """Random states and streams, some longer than trained for; scores to 1e-3 relative."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.from_numpy(trained.vocabulary.item_ids_V)
-    serving = GemsServing(trained.model, trained.vocabulary).eval()
+    serving = serving_of(trained)
     loaded = torch.export.load(directory / MODEL_FILE).module()
     for number in range(20):
         inputs = list(example_inputs(serving, batch=50))
@@ -142,7 +145,7 @@ def test_a_process_without_the_project_can_run_it(
     subprocess.run([sys.executable, "-I", "-c", FOREIGN, *arguments], check=True, cwd=tmp_path)
     item_id, score, contribution = torch.load(tmp_path / "outputs", weights_only=True)
     assert item_id.shape == score.shape == (3, K_MAX)
-    assert contribution.shape == (3, 3)
+    assert contribution.shape == (3, 5)
     known = set(trained.vocabulary.item_ids_V.tolist())
     assert set(item_id.flatten().tolist()) <= known | {PADDING}
 
@@ -151,8 +154,8 @@ def test_withdrawn_and_excluded_items_stay_away(directory: Path, trained: Traine
     inputs = list(_raw_inputs(trained, _groups(trained, 2)))
     ids = trained.vocabulary.item_ids_V
     available = torch.from_numpy(np.arange(len(ids)) % 2 == 0)
-    inputs[-1] = available
-    inputs[-2][0, :3] = torch.from_numpy(ids[[0, 2, 4]])
+    inputs[NAMES.index("available")] = available
+    inputs[NAMES.index("exclude_item")][0, :3] = torch.from_numpy(ids[[0, 2, 4]])
     loaded = torch.export.load(directory / MODEL_FILE).module()
     item_id, score, _ = loaded(*inputs)
     withdrawn = set(ids[1::2].tolist())

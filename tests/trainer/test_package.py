@@ -4,10 +4,12 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.evaluate import TOP_K, held_out_groups, model_ranker
+from trainer.baselines import lists_of
+from trainer.evaluate import TOP_K, held_out_groups
 from trainer.export import Provenance, export
 from trainer.package import Package
-from trainer.train import Trained
+from trainer.train import Trained, served
+from trainer.vocabulary import Vocabulary
 
 
 def test_a_package_ranks_as_its_model(trained: Trained, tmp_path: Path) -> None:
@@ -21,9 +23,11 @@ def test_a_package_ranks_as_its_model(trained: Trained, tmp_path: Path) -> None:
     )
     export(trained, tmp_path / "1", provenance)
     package = Package.load(tmp_path / "1")
-    source = package.source(trained.source.log)
-    groups = held_out_groups(source.log, trained.groups, split_ms=trained.split_ms, seed=1)
-    of_model = model_ranker(trained.model, trained.source)(groups)
-    of_package = package.ranker(source)(groups)
+    log = trained.source.log
+    source = package.source(log)
+    catalogue = Vocabulary.of(log, split_ms=int(log.event_time_ms_N.max()))
+    groups = held_out_groups(log, trained.groups, split_ms=trained.split_ms, seed=1)
+    of_model = lists_of(served(trained).ranker(trained.gate, catalogue))(groups)
+    of_package = package.ranker(source, catalogue)(groups)
     assert np.array_equal(of_package[:, :TOP_K], of_model[:, :TOP_K])
     assert (of_package[:, 0] > 0).all()

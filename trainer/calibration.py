@@ -1,0 +1,101 @@
+"""What the model and the live sources weigh: the weights under which a window is likeliest.
+
+The window is newer than anything the model was fitted on, so that the model's share of new items is
+judged as it will be in service. Constant weights come first, by expectation-maximisation with a few
+made-up events that say `UNTUNED_WEIGHTS`; from there the linear map is fitted, if the window is
+long enough to say something about it.
+
+Legend: E events, W parts (the model, then the sources), F facts.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.batches import in_order
+from trainer.blend import calibrated
+from trainer.dataset import LabelGroups
+from trainer.models.sources import UNTUNED_WEIGHTS, SourceGate
+from trainer.served import Served, Told
+
+# Labels asked about at a time.
+BATCH_LABELS = 64
+# Made-up events that say the weights of a gate that was never tuned.
+NUM_MADE_UP = 20
+# Events that some part named; with fewer the weights stay constant: a linear map of seven facts
+# for three parts has 24 numbers.
+MIN_EVENTS = 300
+# Strength of the pull of the linear map to 0, in events; constant weights are not pulled.
+PULL = 3.0
+NUM_ITERATIONS = 100
+
+
+def calibrate(served: Served, groups: LabelGroups, *, by_facts: bool = True) -> SourceGate:
+    """A gate for a model, fitted to the events of some labels; the same for the same input.
+
+    Args:
+        served: The model and its sources.
+        groups: Labels the model was not fitted on; there may be none.
+        by_facts: False leaves the weights constant.
+    """
+    if len(groups) == 0:
+        return SourceGate.untuned()
+    told = Told.joined([served.told(part) for part in in_order(groups, size=BATCH_LABELS)])
+    group_E = np.repeat(np.arange(len(groups)), groups.num_rows_G)
+    first_E = np.cumsum(groups.num_rows_G) - groups.num_rows_G
+    row_E = groups.first_row_G[group_E] + np.arange(len(group_E)) - first_E[group_E]
+    share_EW = told.shares_of(group_E, served.source.log.item_id_N[row_E])
+    named_E = share_EW.sum(dim=1) > 0
+    group = torch.from_numpy(group_E)[named_E]
+    return fitted_gate(
+        told.facts_GF[group], told.speaks_GS[group], share_EW[named_E], by_facts=by_facts
+    )
+
+
+def fitted_gate(
+    facts_EF: Tensor, speaks_ES: Tensor, share_EW: Tensor, *, by_facts: bool = True
+) -> SourceGate:
+    """The gate under which events are likeliest.
+
+    Args:
+        facts_EF: What was known at each event.
+        speaks_ES: Which sources said anything then.
+        share_EW: What each part gave to the item that came, not 0 everywhere.
+        by_facts: False leaves the weights constant.
+    """
+    made_up = NUM_MADE_UP * np.array(UNTUNED_WEIGHTS)
+    gate = SourceGate.constant(calibrated(share_EW.double().numpy(), made_up_S=made_up).tolist())
+    if not by_facts or len(share_EW) < MIN_EVENTS:
+        return gate
+    gate.centre_F.copy_(facts_EF.mean(dim=0))
+    gate.spread_F.copy_(facts_EF.std(dim=0).clamp(min=1e-3))
+    learned = gate.double()
+    facts_EF, share_EW = facts_EF.double(), share_EW.double()
+    optimiser = torch.optim.LBFGS(
+        learned.parameters(), max_iter=NUM_ITERATIONS, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        weight_EW = learned(facts_EF, speaks_ES)
+        likelihood = (weight_EW * share_EW).sum(dim=1).clamp(min=1e-300).log().mean()
+        total: Tensor = PULL / len(share_EW) * learned.weight_WF.square().sum() - likelihood
+        torch.autograd.backward(total)
+        return total
+
+    optimiser.step(loss)  # type: ignore[no-untyped-call]
+    return learned.float().requires_grad_(requires_grad=False)
+
+
+def described(gate: SourceGate, names: Sequence[str]) -> dict[str, object]:
+    """The gate as a manifest tells it, readable by people: the weights at the window's mean."""
+    weights = [round(one, 4) for one in gate.bias_W.detach().softmax(dim=0).tolist()]
+    return {
+        "weights_at_mean": dict(zip(names, weights, strict=True)),
+        "bias": gate.bias_W.tolist(),
+        "weight": gate.weight_WF.tolist(),
+        "centre": gate.centre_F.tolist(),
+        "spread": gate.spread_F.tolist(),
+    }
