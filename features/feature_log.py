@@ -38,6 +38,8 @@ class Served(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         recent: RECORDs of the recent stream, oldest first, as a state row holds them.
         mid: likewise, the mid-term stream.
         user_session: the session at that clock.
+        contribution: share of each stream and live source in scoring.signature.CONTRIBUTION's
+            order; records of before there were sources end with the streams.
         degraded: flags of scoring.signature.Degraded.
         memory_version: of the memory that was read beside, None where the model reads none.
         num_folded: chunks in it; `mid` is then all else but the recent stream.
@@ -55,7 +57,7 @@ class Served(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     user_session: SessionView | None
     item_ids: list[int]
     scores: list[float]
-    contribution: tuple[float, float, float]
+    contribution: tuple[float, ...]
     live_version: int
     model_version: int
     degraded: int

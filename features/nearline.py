@@ -15,18 +15,22 @@ import msgspec
 import numpy as np
 
 from features.chunks import decode_chunks
+from features.followers import changed_key, encode_followers, followers_key
 from features.keys import PREFIX, chunks_key, row_key
 from features.redis_client import execute, mapped_errors, pipelined, run_script, scan_step
+from features.sources import HOUR_MS
 from features.state import RECORD
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from features.followers import Followers
     from features.redis import Trending
     from features.redis_client import RedisClient
     from features.view import Records
 
-HOUR_MS: Final = 3_600_000
+__all__ = ["HOUR_MS", "SessionStore", "TileStore"]
+
 # A week is the widest window; a day more keeps a tile while its last readers still want it.
 TILE_HOURS_MAX: Final = 8 * 24
 # A domain that nothing happens in any more leaves after this long.
@@ -109,19 +113,38 @@ class TileStore:
         *,
         expected: int | None,
         advance_to: int,
+        followers: Mapping[int, Followers] | None = None,
+        followers_kept_s: int = 0,
     ) -> bool:
         """Add what happened in the offsets [expected, advance_to), by hour.
+
+        Args:
+            partition: whose offsets.
+            counts: events by hour.
+            expected: where the partition stood when they were counted.
+            advance_to: where it stands afterwards.
+            followers: what followed an item, then and before; replaces what is there.
+            followers_kept_s: when they go, if nothing follows the item any more.
 
         Returns False, with nothing added, when Redis does not stand at `expected`: another app
         was faster, or Redis came back older. Read the marks again.
         """
-        names = [marks_key(self.generation, partition)]
-        args: list[Any] = [self._field, b"" if expected is None else expected, advance_to]
+        names = [marks_key(self.generation, partition), changed_key(self.generation, partition)]
+        args: list[Any] = [
+            self._field,
+            b"" if expected is None else expected,
+            advance_to,
+            len(counts),
+            followers_kept_s,
+        ]
         for hour, of_hour in counts.items():
             names.append(tile_key(self.generation, partition, hour))
             args += (hour, (hour + TILE_HOURS_MAX) * HOUR_MS // 1000, len(of_hour))
             for place, count in of_hour.items():
                 args += (_FIELD.pack(*place), count)
+        for item_id, followed in (followers or {}).items():
+            names.append(followers_key(self.generation, partition, item_id))
+            args += (item_id, encode_followers(followed))
         with mapped_errors("adding to tiles"):
             return bool(run_script(self.client, _source("add_counts"), names, args))
 

@@ -80,12 +80,18 @@ class Pointers(msgspec.Struct, frozen=True, omit_defaults=True):
     memory_version: str | None = None
 
 
-@dataclass(frozen=True)
-class Trending:
-    """Items for users nothing is known of, best first, with their scores."""
+class Trending(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Items for users nothing is known of, best first, with their scores.
+
+    Attributes:
+        total: the scores of all items, those that are not listed too; 0 where nobody knows it.
+        half_life_h: the hours in which an event's weight halved; 0 likewise.
+    """
 
     item_ids: tuple[int, ...]
     scores: tuple[float, ...]
+    total: float = 0.0
+    half_life_h: int = 0
 
 
 class BucketWrite(NamedTuple):

@@ -66,7 +66,8 @@ class Provenance:
         newest_event_time_ms: event time of the newest of them, None without any.
         newest_event_age_ms: its age when the answer was made.
         degraded: what is missing from a full answer.
-        contribution: share of each stream (recent, mid-term, lifelong) in the answer.
+        contribution: share in the answer of each stream and live source, in the order of
+            scoring.signature.CONTRIBUTION: recent, mid-term, lifelong, then the sources.
     """
 
     model_version: int
@@ -76,7 +77,7 @@ class Provenance:
     newest_event_time_ms: int | None
     newest_event_age_ms: int | None
     degraded: Degraded
-    contribution: tuple[float, float, float]
+    contribution: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,6 @@ def _read_answer(user: int, i: int, arrays: dict[str, Any]) -> Answer:
     version, live, generation, ordinal, newest_ms, age_ms, degraded = map(
         int, arrays["provenance"][i]
     )
-    recent, mid, lifelong = map(float, arrays["contribution"][i])
     return Answer(
         user,
         items,
@@ -158,7 +158,7 @@ def _read_answer(user: int, i: int, arrays: dict[str, Any]) -> Answer:
             None if newest_ms < 0 else newest_ms,
             None if newest_ms < 0 else age_ms,
             Degraded(degraded),
-            (recent, mid, lifelong),
+            tuple(map(float, arrays["contribution"][i])),
         ),
     )
 

@@ -12,6 +12,7 @@ import msgspec
 from features.config import StateConfig
 from features.errors import StoreError
 from features.redis import CatalogueStore, StateStore, Trending
+from scoring.sources import FollowerCache
 
 if TYPE_CHECKING:
     from features.redis import RedisClient
@@ -40,6 +41,7 @@ class Live:
     def __init__(self, client: RedisClient) -> None:
         self.client = client
         self.snapshot = Snapshot()
+        self.followers = FollowerCache(client)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="moveline-live", daemon=True)
 

@@ -17,13 +17,15 @@ from features.keys import split_log_partition
 from features.lifelong_view import LifelongBatch, read_lifelong
 from features.store import read_users
 from features.view import PADDING_ITEM
-from scoring.signature import NO_ITEM, WAIT_MS_MAX, Degraded
+from scoring.signature import NO_CONTRIBUTION, NO_ITEM, WAIT_MS_MAX, Degraded
+from scoring.sources import counted_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from features.config import StateConfig
     from features.redis import StateStore
+    from features.sources import Counted
     from features.state import UserState
     from features.user_batch import Bools, UserBatch
     from features.view import Records, StreamBatch
@@ -83,7 +85,7 @@ class Answered(NamedTuple):
     item_ids: list[int]
     scores: list[float]
     provenance: tuple[int, ...]  # in the order of scoring.signature.PROVENANCE
-    contribution: tuple[float, float, float]
+    contribution: tuple[float, ...]  # of scoring.signature.CONTRIBUTION
     seen: Seen | None
     config: StateConfig
 
@@ -97,6 +99,7 @@ class Retrieve(Protocol):
         streams: StreamBatch,
         excluded: Sequence[Sequence[int]],
         withdrawn: frozenset[int],
+        counted: Counted,
     ) -> Retrieved:
         """Return the items for each row of the batch."""
         ...
@@ -115,7 +118,7 @@ class _Draft:
     degraded: Degraded = Degraded.NONE
     item_ids: list[int] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
-    contribution: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    contribution: tuple[float, ...] = NO_CONTRIBUTION
     model_version: int = 0
     newest_ms: int = -1
     seen: Seen | None = None
@@ -127,7 +130,7 @@ def answer(asks: Sequence[Ask], live: Live, retrieve: Retrieve, now_ms: int) -> 
     drafts = [_Draft(ask) for ask in asks]
     found = _read_when_reached(drafts, live, snapshot, now_ms)
     if found is not None:
-        _retrieve(drafts, found, snapshot, retrieve)
+        _retrieve(drafts, found, live, snapshot, retrieve)
     for draft in drafts:
         _fill_with_trending(draft, snapshot)
     return [_finish(draft, snapshot, now_ms) for draft in drafts]
@@ -197,6 +200,7 @@ def _reached(ask: Ask, state: UserState | None) -> bool:
 def _retrieve(
     drafts: list[_Draft],
     found: UserBatch | LifelongBatch,
+    live: Live,
     snapshot: Snapshot,
     retrieve: Retrieve,
 ) -> None:
@@ -219,7 +223,9 @@ def _retrieve(
         _note_memories([draft for draft, _ in known], found, is_known_B, snapshot)
     try:
         excluded = [_excluded(draft) for draft, _ in known]
-        retrieved = _ask(retrieve, snapshot, streams, excluded)
+        lists = live.followers.lists(streams.recent_BR["item_id"][:, -1].tolist())
+        counted = counted_for(snapshot.trending, lists)
+        retrieved = _ask(retrieve, snapshot, streams, excluded, counted)
     except RetrievalError as error:
         log.warning("retrieval model away: %s", error)
         for draft, _ in known:
@@ -227,8 +233,7 @@ def _retrieve(
         return
     for row, (draft, _) in enumerate(known):
         draft.model_version = snapshot.model_version or 0
-        recent, mid, lifelong = retrieved.contributions[row]
-        draft.contribution = (recent, mid, lifelong)
+        draft.contribution = tuple(retrieved.contributions[row])
         _take(draft, retrieved.item_ids[row], retrieved.scores[row], snapshot)
 
 
@@ -251,10 +256,11 @@ def _ask(
     snapshot: Snapshot,
     streams: StreamBatch,
     excluded: Sequence[Sequence[int]],
+    counted: Counted,
 ) -> Retrieved:
     if snapshot.model_version is None:
         raise RetrievalError("no model version is published")
-    return retrieve(snapshot.model_version, streams, excluded, snapshot.withdrawn)
+    return retrieve(snapshot.model_version, streams, excluded, snapshot.withdrawn, counted)
 
 
 def _excluded(draft: _Draft) -> list[int]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from enum import IntFlag
 from typing import Final
 
+from features.sources import SOURCES
+
 RECOMMEND_MODEL: Final = "recommend"
 RETRIEVAL_MODEL: Final = "gems"
 # Folds chunks of old events into the memory that a retrieval model reads.
@@ -28,6 +30,14 @@ LOGGED_SHARE_DEFAULT: Final = 0.01
 NO_ITEM: Final = -1
 # Items one user's request can exclude inside the model; what is beyond is filtered afterwards.
 NUM_EXCLUDED: Final = 512
+# Items one user's request can name to be chosen from; the model does not look at what is beyond.
+NUM_CANDIDATES: Final = 512
+# Stands for a request that asks for no domain.
+ANY_DOMAIN: Final = 0
+
+# Shares in `contribution`, FP32 [B, 5]: the streams that the model read, then the live sources.
+CONTRIBUTION: Final = ("recent", "mid", "lifelong", *SOURCES)
+NO_CONTRIBUTION: Final = (0.0,) * len(CONTRIBUTION)
 
 
 class Degraded(IntFlag):

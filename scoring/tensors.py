@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from features.lifelong import LIFELONG_ROWS, LIFELONG_WIDTH
-from scoring.signature import NO_ITEM, NUM_EXCLUDED
+from features.sources import Counted
+from scoring.signature import ANY_DOMAIN, NO_ITEM, NUM_CANDIDATES, NUM_EXCLUDED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +18,13 @@ if TYPE_CHECKING:
 
 
 def retrieval_inputs(
-    streams: StreamBatch, excluded: Sequence[Sequence[int]], withdrawn: frozenset[int]
+    streams: StreamBatch,
+    excluded: Sequence[Sequence[int]],
+    withdrawn: frozenset[int],
+    *,
+    counted: Counted | None = None,
+    candidates: Sequence[Sequence[int]] = (),
+    in_domain: Sequence[int] = (),
 ) -> dict[str, torch.Tensor]:
     """Return the `gems` inputs of docs/formats.md, in its order.
 
@@ -25,6 +32,10 @@ def retrieval_inputs(
         streams: of B users.
         excluded: per user, items that must not be returned; the first NUM_EXCLUDED count.
         withdrawn: items that nobody may be given.
+        counted: what live sources say for each user; nothing if left out.
+        candidates: per user, items to choose from, none for all; the first NUM_CANDIDATES count.
+            Left out, nobody names any.
+        in_domain: per user, the signed hash of the domain to stay in, ANY_DOMAIN for none.
 
     Ages count back from the newest event seen, not from the request: with no event in between,
     the same request gets the same answer a day later.
@@ -44,13 +55,26 @@ def retrieval_inputs(
     if streams.memory_BLW is not None and streams.memory_events_B is not None:
         inputs["lifelong"] = torch.from_numpy(streams.memory_BLW)
         inputs["lifelong_count"] = torch.from_numpy(streams.memory_events_B)[:, None]
-    inputs["exclude_item"] = torch.full((size, NUM_EXCLUDED), NO_ITEM, dtype=torch.int64)
-    for row, items in enumerate(excluded):
-        kept = torch.tensor(items[:NUM_EXCLUDED], dtype=torch.int64)
-        inputs["exclude_item"][row, : len(kept)] = kept
+    inputs["exclude_item"] = _named(excluded, size, NUM_EXCLUDED)
+    inputs["candidate_item"] = _named(candidates, size, NUM_CANDIDATES)
+    inputs["in_domain"] = torch.full((size, 1), ANY_DOMAIN, dtype=torch.int64)
+    if in_domain:
+        inputs["in_domain"][:, 0] = torch.tensor(in_domain, dtype=torch.int64)
+    item_BSK, share_BSK, domain_BS = Counted.nothing(size) if counted is None else counted
+    inputs["counted_item"] = torch.from_numpy(item_BSK)
+    inputs["counted_share"] = torch.from_numpy(share_BSK)
+    inputs["counted_domain"] = torch.from_numpy(domain_BS)
     # Never empty: a tensor without elements has no memory to hand over.
     inputs["withdrawn"] = torch.tensor(sorted(withdrawn | {NO_ITEM}), dtype=torch.int64)
     return inputs
+
+
+def _named(lists: Sequence[Sequence[int]], size: int, length: int) -> torch.Tensor:
+    named = torch.full((size, length), NO_ITEM, dtype=torch.int64)
+    for row, items in enumerate(lists):
+        kept = torch.tensor(items[:length], dtype=torch.int64)
+        named[row, : len(kept)] = kept
+    return named
 
 
 def _int64(column: np.ndarray[tuple[int, ...], np.dtype[Any]]) -> torch.Tensor:

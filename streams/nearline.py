@@ -25,6 +25,7 @@ from scoring.triton import TritonServer
 from streams.chain import checked_chain
 from streams.errors import StreamError
 from streams.fold import TritonFold
+from streams.follower_lists import FollowerCounter, FollowerLists
 from streams.kafka import KafkaException, ensure_topics, make_producer, partition_count
 from streams.lifelong import Compactor
 from streams.log_reader import LogReader
@@ -52,6 +53,7 @@ class Work(StrEnum):
 
     TILES = "tiles"
     TRENDING = "trending"
+    FOLLOWERS = "followers"
     STATISTICS = "statistics"
     SWEEP = "sweep"
     COMPACT = "compact"
@@ -64,6 +66,7 @@ class Work(StrEnum):
 TICKS: Final[Mapping[Work, int]] = {
     Work.TILES: 1,
     Work.POINTERS: 1,
+    Work.FOLLOWERS: 2,
     Work.SWEEP: 5,
     Work.COMPACT: 5,
     Work.TRENDING: 10,
@@ -133,6 +136,7 @@ class Parts:
     reader: LogReader
     counters: list[TileCounter]
     popularity: Popularity
+    followers: FollowerLists
     sweeper: SessionSweeper
     compactor: Compactor
     triton: TritonServer
@@ -179,6 +183,7 @@ def open_parts(config: NearlineConfig, metrics: NearlineMetrics) -> Parts:
     statistics = ItemStatistics(config.redis_url, rules)
     states = StateStore(client, config.generation, rules)
     sessions = SessionStore(client, config.generation)
+    counter = FollowerCounter(states, config.half_life_h)
     triton = TritonServer(config.triton)  # connects when it is first asked
     return Parts(
         reader,
@@ -191,10 +196,19 @@ def open_parts(config: NearlineConfig, metrics: NearlineMetrics) -> Parts:
                 num_partitions=source.num_partitions,
                 ends=None if source.ends is None else source.end_offsets,
                 metrics=metrics,
+                followers=counter,
             )
             for number, source in enumerate(chain.sources)
         ],
-        Popularity(tiles, catalogue, chain.num_partitions_max, statistics, metrics),
+        Popularity(
+            tiles,
+            catalogue,
+            chain.num_partitions_max,
+            statistics,
+            metrics,
+            half_life_h=config.half_life_h,
+        ),
+        FollowerLists(counter, catalogue, chain.num_partitions_max),
         SessionSweeper(
             states,
             sessions,
@@ -274,6 +288,8 @@ class Nearline:
             parts.compactor.step(budget_s=BUDGET_S)
         elif hint.work is Work.TRENDING:
             parts.popularity.put_trending()
+        elif hint.work is Work.FOLLOWERS:
+            parts.followers.put()
         elif hint.work is Work.STATISTICS:
             parts.popularity.push_statistics()
         else:

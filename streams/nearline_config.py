@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from features.keys import parse_generation
+from features.sources import HALF_LIFE_H_DEFAULT
 from streams.errors import NearlineConfigError
 from streams.nearline_metrics import METRICS_PORT_DEFAULT
 from streams.properties import KafkaConfig
@@ -36,6 +37,7 @@ class NearlineConfig:
         metrics_port: where Prometheus scrapes; 0 takes a free one.
         triton: host:port of the server that folds chunks.
         lateness_s: how long after its gap a session waits for late events before it closes.
+        half_life_h: hours in which an event's weight among trending items halves.
     """
 
     kafka: KafkaConfig
@@ -46,6 +48,7 @@ class NearlineConfig:
     metrics_port: int = METRICS_PORT_DEFAULT
     lateness_s: float = LATENESS_S_DEFAULT
     triton: str = TRITON_DEFAULT
+    half_life_h: int = HALF_LIFE_H_DEFAULT
 
     @property
     def app_id(self) -> str:
@@ -64,6 +67,7 @@ class NearlineConfig:
             f"{_PREFIX}NEARLINE__PORT": str(self.port),
             f"{_PREFIX}NEARLINE__METRICS_PORT": str(self.metrics_port),
             f"{_PREFIX}NEARLINE__LATENESS_S": str(self.lateness_s),
+            f"{_PREFIX}SOURCES__HALF_LIFE_H": str(self.half_life_h),
         }
 
 
@@ -90,6 +94,7 @@ def from_environment(environment: Mapping[str, str]) -> NearlineConfig:
             metrics_port=_port(read("NEARLINE__METRICS_PORT", METRICS_PORT_DEFAULT)),
             triton=read("TRITON__GRPC", TRITON_DEFAULT),
             lateness_s=max(0.0, float(read("NEARLINE__LATENESS_S", LATENESS_S_DEFAULT))),
+            half_life_h=max(1, int(read("SOURCES__HALF_LIFE_H", HALF_LIFE_H_DEFAULT))),
         )
     except ValueError as error:
         raise NearlineConfigError(

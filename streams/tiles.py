@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from features.clock import now_ms
 from features.nearline import HOUR_MS, TILE_HOURS_MAX, Tile, TileStore
+from features.sources import HALF_LIFE_H_DEFAULT
 from streams.kafka import offsets_for_time
 from streams.log_reader import Bounds
 from streams.micro_batch import sort_records
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from features.config import StateConfig
     from features.redis import CatalogueStore, Trending
+    from streams.follower_lists import FollowerCounter
     from streams.kafka import Message
     from streams.log_reader import LogReader
 
@@ -52,6 +54,7 @@ class TileCounter:
         num_partitions: over which its keys are distributed; events elsewhere do not count here.
         ends: where it ended, by partition, if it is retired.
         sealed: partitions that were found to have ended.
+        followers: counts what follows items too; None counts tiles alone.
     """
 
     reader: LogReader
@@ -63,6 +66,7 @@ class TileCounter:
     sealed: set[int] = field(default_factory=set)
     metrics: NearlineMetrics = field(default_factory=NearlineMetrics)
     clock: Callable[[], int] = now_ms
+    followers: FollowerCounter | None = None
 
     def advance(self, partition: int, *, budget_s: float) -> int:
         """Count on from the mark; return how many records are left to be counted.
@@ -126,7 +130,18 @@ class TileCounter:
             self.sealed.add(partition)
         events = [event for of_user in batch.by_user.values() for event in of_user]
         counts = count_events(events)
-        if not self.tiles.add(partition, counts, expected=mark, advance_to=end):
+        followers, kept_s = None, 0
+        if self.followers is not None:
+            followers = self.followers.counted(partition, batch.by_user)
+            kept_s = self.followers.kept_s
+        if not self.tiles.add(
+            partition,
+            counts,
+            expected=mark,
+            advance_to=end,
+            followers=followers,
+            followers_kept_s=kept_s,
+        ):
             self.metrics.refused.inc()
             return None
         self.metrics.tiles.inc()
@@ -147,6 +162,7 @@ class Popularity:
     """Rolls the tiles of all partitions up.
 
     Attributes:
+        half_life_h: of trending items, in hours.
         held: tiles as last read, by (partition, hour), with the offset they had changed at. A
             week of them, 24 bytes for each (domain, item, hour) with an event.
         told: statistics as last pushed, by item.
@@ -157,6 +173,7 @@ class Popularity:
     partitions: int
     statistics: StatisticsWriter
     metrics: NearlineMetrics = field(default_factory=NearlineMetrics)
+    half_life_h: int = HALF_LIFE_H_DEFAULT
     clock: Callable[[], int] = now_ms
     held: dict[tuple[int, int], tuple[int, Tile]] = field(default_factory=dict)
     told: dict[int, tuple[int, int]] = field(default_factory=dict)
@@ -164,7 +181,7 @@ class Popularity:
     def put_trending(self) -> Trending | None:
         """Replace the trending items, and those of each domain; None: they were left alone.
 
-        They stay as they are when the last day has no event (something is better than nothing),
+        They stay as they are when no event was met lately (something is better than nothing),
         and while another generation is the live one.
         """
         clock_ms = self.clock()
@@ -172,11 +189,13 @@ class Popularity:
         pointers = self.catalogue.get_pointers()
         if pointers is not None and pointers.generation != self.tiles.generation:
             return None
-        trending = rank(self._tiles(), clock_ms)
+        trending = rank(self._tiles(), clock_ms, half_life_h=self.half_life_h)
         if not trending.item_ids:
             return None
         self.catalogue.put_trending(trending)
-        self.tiles.put_domain_trending(rank_by_domain(self._tiles(), clock_ms))
+        self.tiles.put_domain_trending(
+            rank_by_domain(self._tiles(), clock_ms, half_life_h=self.half_life_h)
+        )
         self.metrics.rankings.inc()
         return trending
 

@@ -9,6 +9,12 @@ import numpy as np
 
 from features.nearline import HOUR_MS, TILE_HOURS_MAX, Tile
 from features.redis import Trending
+from features.sources import (
+    HALF_LIFE_H_DEFAULT,
+    NUM_COUNTED,
+    POPULARITY_HOURS_MAX,
+    popularity_hours,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -16,11 +22,8 @@ if TYPE_CHECKING:
     from features.nearline import Counts, Int64s, Uint64s
     from features.state import Accepted
 
-DAY_HOURS: Final = 24
-WEEK_HOURS: Final = 7 * 24
-TRENDING_K: Final = 100
-# An event of six hours ago weighs half of one of this hour: a morning's trend is over by night.
-HALF_LIFE_HOURS: Final = 6
+WEEK_HOURS: Final = POPULARITY_HOURS_MAX
+TRENDING_K: Final = NUM_COUNTED
 # Domains with a list of their own, the busiest first; users of a rarer one get the whole's list.
 DOMAINS_MAX: Final = 1_000
 
@@ -64,29 +67,40 @@ class Weighted(NamedTuple):
     score: np.ndarray[tuple[int], np.dtype[np.float64]]
 
 
-def rank(tiles: Iterable[tuple[int, Tile]], now_ms: int, *, k: int = TRENDING_K) -> Trending:
-    """Return the K items with the most decayed events over a day, best first.
+def rank(
+    tiles: Iterable[tuple[int, Tile]],
+    now_ms: int,
+    *,
+    half_life_h: int = HALF_LIFE_H_DEFAULT,
+    k: int = TRENDING_K,
+) -> Trending:
+    """Return the K items with the most decayed events lately, best first.
 
     Args:
-        tiles: (hour, tile), each pair once, in any order; hours outside the day do not count.
+        tiles: (hour, tile), each pair once, in any order; hours too long ago do not count.
         now_ms: the clock; an hour that has not begun does not count.
+        half_life_h: hours in which an event's weight halves; decides how long ago is too long.
         k: items at most.
     """
-    added = _decayed(tiles, now_ms)
-    return _best(added.item_id, added.score, k)
+    added = _decayed(tiles, now_ms, half_life_h)
+    return _best(added.item_id, added.score, k, half_life_h)
 
 
 def rank_by_domain(
-    tiles: Iterable[tuple[int, Tile]], now_ms: int, *, k: int = TRENDING_K
+    tiles: Iterable[tuple[int, Tile]],
+    now_ms: int,
+    *,
+    half_life_h: int = HALF_LIFE_H_DEFAULT,
+    k: int = TRENDING_K,
 ) -> dict[int, Trending]:
     """Return the same for each of the busiest domains, by the domain's hash."""
-    added = _decayed(tiles, now_ms)
+    added = _decayed(tiles, now_ms, half_life_h)
     domains, inverse = np.unique(added.domain, return_inverse=True)
     totals = np.bincount(inverse, added.score, minlength=domains.size)
     ranked = {}
     for at in np.lexsort((domains, -totals))[:DOMAINS_MAX]:
         inside = inverse == at
-        ranked[int(domains[at])] = _best(added.item_id[inside], added.score[inside], k)
+        ranked[int(domains[at])] = _best(added.item_id[inside], added.score[inside], k, half_life_h)
     return ranked
 
 
@@ -103,8 +117,8 @@ def total_by_item(tiles: Iterable[tuple[int, Tile]], hours: range) -> dict[int, 
     return dict(zip(each.tolist(), totals.tolist(), strict=True))
 
 
-def _decayed(tiles: Iterable[tuple[int, Tile]], now_ms: int) -> Weighted:
-    """Return a day's tiles added up.
+def _decayed(tiles: Iterable[tuple[int, Tile]], now_ms: int, half_life_h: int) -> Weighted:
+    """Return the tiles that count added up.
 
     Whole events are added first and weighted after, hour by hour from the oldest: floating-point
     sums depend on their order, and the same tiles must give the same scores.
@@ -112,7 +126,9 @@ def _decayed(tiles: Iterable[tuple[int, Tile]], now_ms: int) -> Weighted:
     by_hour = defaultdict(list)
     for hour, tile in tiles:
         by_hour[hour].append(tile)
-    hours = [hour for hour in window_hours(now_ms, DAY_HOURS) if hour in by_hour]
+    hours = [
+        hour for hour in window_hours(now_ms, popularity_hours(half_life_h)) if hour in by_hour
+    ]
     inside = [tile for hour in hours for tile in by_hour[hour]]
     if not inside:
         return Weighted(np.array([], np.uint64), np.array([], np.int64), np.array([], np.float64))
@@ -126,12 +142,22 @@ def _decayed(tiles: Iterable[tuple[int, Tile]], now_ms: int) -> Weighted:
         counts = np.concatenate([tile.num_events for tile in by_hour[hour]])
         begin, end = end, end + counts.size
         whole = np.bincount(inverse[begin:end], counts, minlength=pairs.size)
-        score += whole * 0.5 ** ((hour_of(now_ms) - hour) / HALF_LIFE_HOURS)
+        score += whole * 0.5 ** ((hour_of(now_ms) - hour) / half_life_h)
     return Weighted(pairs["d"], pairs["i"], score)
 
 
-def _best(items: Int64s, scores: np.ndarray[tuple[int], np.dtype[np.float64]], k: int) -> Trending:
+def _best(
+    items: Int64s,
+    scores: np.ndarray[tuple[int], np.dtype[np.float64]],
+    k: int,
+    half_life_h: int,
+) -> Trending:
     each, inverse = np.unique(items, return_inverse=True)
     totals = np.bincount(inverse, scores, minlength=each.size).round(6)
     best = np.lexsort((each, -totals))[:k]
-    return Trending(tuple(each[best].tolist()), tuple(totals[best].tolist()))
+    return Trending(
+        tuple(each[best].tolist()),
+        tuple(totals[best].tolist()),
+        round(float(totals.sum()), 6),
+        half_life_h,
+    )

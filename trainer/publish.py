@@ -234,7 +234,7 @@ def _refuse_difference(worst: float, what: str) -> float:
 def golden_inputs(folder: Path, manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Return fixed requests with full streams of known items, in the order of the manifest.
 
-    Every other user has a lifelong memory.
+    Every other user has a lifelong memory; live sources name known and new items.
     """
     rng = np.random.default_rng(_GOLDEN_SEED)
     item_ids = np.fromfile(folder / ITEM_IDS_FILE, "<i8")
@@ -252,10 +252,22 @@ def golden_inputs(folder: Path, manifest: Mapping[str, Any]) -> dict[str, torch.
             inputs[name][::2] = torch.from_numpy(rng.normal(size=shape)[::2])
         elif name == "lifelong_count":
             inputs[name][::2] = _GOLDEN_EVENTS
-        elif name == "exclude_item":
+        elif name in {"exclude_item", "candidate_item"}:
             inputs[name][:] = -1
+        elif name == "counted_item":
+            # Half of them are new items, which only a live source can name.
+            ids = np.concatenate((item_ids, np.arange(1, len(item_ids) + 1) + item_ids.max() // 2))
+            inputs[name] = torch.from_numpy(rng.choice(ids, shape))
+        elif name == "counted_share":
+            shares = -np.sort(-rng.random(shape), axis=2) / shape[2]
+            inputs[name] = torch.from_numpy(shares.astype(np.float32))
         elif name == "available":
             inputs[name][:] = True
+    # One asks for an order among items, one for a domain.
+    inputs["candidate_item"][1, : len(item_ids)] = torch.from_numpy(
+        item_ids[: inputs["candidate_item"].shape[1]]
+    )
+    inputs["in_domain"][3] = 1
     return inputs
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from compose.cli import options
 from features.clock import now_ms
 from features.events import parse_id
+from scoring.signature import CONTRIBUTION
 
 if TYPE_CHECKING:
     from features.catalogue import Item
@@ -91,13 +92,16 @@ def answer_table(answer: Answer, catalogue: CatalogueStore) -> Table:
     """Return one answer as a table: names, scores, provenance."""
     source = answer.provenance
     age = "none" if source.newest_event_age_ms is None else _duration(source.newest_event_age_ms)
-    recent, mid, lifelong = (f"{share:.0%}" for share in source.contribution)
+    parts = ", ".join(
+        f"{name.replace('_', ' ')} {share:.0%}"
+        for name, share in zip(CONTRIBUTION, source.contribution, strict=True)
+    )
     table = Table(
         title=f"user {answer.user_id}",
         caption=(
             f"model version {source.model_version or '-'} | generation g{source.generation} | "
-            f"{source.ordinal} events seen, the newest {age} old | recent {recent}, mid {mid}, "
-            f"lifelong {lifelong} | {source.degraded.name if source.degraded else 'full answer'}"
+            f"{source.ordinal} events seen, the newest {age} old | {parts} | "
+            f"{source.degraded.name if source.degraded else 'full answer'}"
         ),
         title_justify="left",
         caption_justify="left",

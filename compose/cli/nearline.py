@@ -57,6 +57,7 @@ def nearline(
         metrics_port=metrics_port,
         triton=settings.triton.grpc,
         lateness_s=lateness,
+        half_life_h=settings.sources.half_life_h,
     )
     environment = os.environ | nearline_config.to_environment()
     # Faust reads the port its own way from the command line, and listens on 6066 without.

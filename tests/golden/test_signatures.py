@@ -33,7 +33,7 @@ RECOMMEND_OUTPUTS = {
     "item_id": (INT64, (-1,)),
     "score": (FP32, (-1,)),
     "provenance": (INT64, (7,)),
-    "contribution": (FP32, (3,)),
+    "contribution": (FP32, (5,)),
 }
 STREAM_FIELDS = ("item", "age_ms", "domain", "action", "dwell_ms")
 GEMS_INPUTS = {
@@ -42,6 +42,11 @@ GEMS_INPUTS = {
     "lifelong": (FP32, (-1, -1, -1)),
     "lifelong_count": (INT64, (-1, -1)),
     "exclude_item": (INT64, (-1, -1)),
+    "candidate_item": (INT64, (-1, -1)),
+    "in_domain": (INT64, (-1, -1)),
+    "counted_item": (INT64, (-1, -1, -1)),
+    "counted_share": (FP32, (-1, -1, -1)),
+    "counted_domain": (INT64, (-1, -1)),
     "withdrawn": (INT64, (-1,)),
 }
 LIFELONG_INPUTS = dict.fromkeys(
@@ -51,7 +56,7 @@ LIFELONG_OUTPUTS = {"state": (FP32, (-1, 64, 64)), "count": (INT64, (-1, 1))}
 GEMS_OUTPUTS = {
     "item_id": (INT64, (-1, -1)),
     "score": (FP32, (-1, -1)),
-    "contribution": (FP32, (-1, 3)),
+    "contribution": (FP32, (-1, 5)),
 }
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from features.redis import CatalogueStore, StateStore
+    from features.sources import Counted
     from features.view import StreamBatch
     from scoring.recommend import Answered
 
@@ -50,9 +51,10 @@ class Model:
         streams: StreamBatch,
         excluded: Sequence[Sequence[int]],
         withdrawn: frozenset[int],
+        counted: Counted,
     ) -> Retrieved:
         """Answer."""
-        del version, withdrawn
+        del version, withdrawn, counted
         self.asked.append(streams)
         self.excluded += excluded
         size = len(streams.ordinal_B)

@@ -11,12 +11,15 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
+from features.followers import Followers, put_lists
 from features.redis import Pointers, StateStore, Trending, connect
 from scoring.live import Live, Snapshot, read_snapshot
 from scoring.recommend import Ask, RetrievalError, Retrieved, answer
-from scoring.signature import NO_ITEM, PROVENANCE, WAIT_MS_MAX, Degraded
+from scoring.signature import NO_CONTRIBUTION, NO_ITEM, PROVENANCE, WAIT_MS_MAX, Degraded
+from scoring.sources import FollowerCache
 from tests.scoring.states import NOW_MS, make_event, write_clicks, write_user
 from tests.small import SMALL
 from tests.waiting import until
@@ -27,10 +30,12 @@ if TYPE_CHECKING:
     import redis
 
     from features.redis import CatalogueStore
+    from features.sources import Counted
     from features.view import StreamBatch
     from scoring.recommend import Answered
 
 MODEL_ITEMS = [100, 101, 102, 103, 104, 105]
+SHARES = (0.4, 0.2, 0.1, 0.2, 0.1)
 TRENDING = Trending((7, 8, 9, 100), (0.4, 0.3, 0.2, 0.1))
 
 
@@ -43,18 +48,22 @@ class FakeModel:
         default_factory=list
     )
 
+    counted: list[Counted] = field(default_factory=list)
+
     def __call__(
         self,
         version: int,
         streams: StreamBatch,
         excluded: Sequence[Sequence[int]],
         withdrawn: frozenset[int],
+        counted: Counted,
     ) -> Retrieved:
         """Answer as a model would that ignores what it must not return."""
+        self.counted.append(counted)
         self.asked.append((version, streams, excluded, withdrawn))
         size = len(streams.ordinal_B)
         scores = [-float(place) for place in range(len(self.item_ids))]
-        return Retrieved([self.item_ids] * size, [scores] * size, [[0.5, 0.3, 0.2]] * size)
+        return Retrieved([self.item_ids] * size, [scores] * size, [list(SHARES)] * size)
 
 
 def away(*_: object) -> Retrieved:
@@ -87,7 +96,7 @@ def test_a_known_user_gets_the_model(live: Live, store: StateStore) -> None:
     (one,) = answer([Ask(5, 4)], live, model, newest_ms + 500)
     assert one.item_ids == MODEL_ITEMS[:4]
     assert one.scores == [0.0, -1.0, -2.0, -3.0]
-    assert one.contribution == (0.5, 0.3, 0.2)
+    assert one.contribution == SHARES
     assert provenance(one) == {
         "model_version": 3,
         "live_version": 3,
@@ -107,7 +116,7 @@ def test_an_unknown_user_gets_trending_items(live: Live) -> None:
     (one,) = answer([Ask(5, 3)], live, never, NOW_MS)
     assert one.item_ids == [7, 8, 9]
     assert one.scores == [0.4, 0.3, 0.2]
-    assert one.contribution == (0.0, 0.0, 0.0)
+    assert one.contribution == NO_CONTRIBUTION
     said = provenance(one)
     assert Degraded(said["degraded"]) is Degraded.UNKNOWN_USER
     assert (said["model_version"], said["live_version"], said["ordinal"]) == (0, 3, 0)
@@ -301,3 +310,46 @@ def test_a_live_thread_follows_and_survives_an_absent_redis(
         until(lambda: one.snapshot.model_version == 10, 10)
     finally:
         one.stop()
+
+
+def test_the_model_is_told_what_live_sources_say(
+    live: Live, catalogue: CatalogueStore, store: StateStore
+) -> None:
+    """Popularity as a share of all events, and what followed each user's own last item."""
+    write_clicks(store, 1, [50, 61])
+    write_clicks(store, 2, [50, 62])
+    followers = Followers(9, 4.0, np.array([70, 71]), np.array([2.0, 1.0]))
+    put_lists(live.client, {61: followers}, half_life_h=48)
+    catalogue.put_trending(Trending((8, 9), (5.0, 2.5), 10.0, 6))
+    live.snapshot = read_snapshot(catalogue, live.snapshot)
+    model = FakeModel()
+    answer([Ask(1, 3), Ask(2, 3), Ask(99, 3)], live, model, NOW_MS)
+    (counted,) = model.counted
+    assert counted.item_BSK.shape == (2, 2, 100), "an unknown user is not asked about"
+    assert counted.item_BSK[:, 0, :3].tolist() == [[8, 9, -1]] * 2
+    assert counted.share_BSK[:, 0, :3].tolist() == [[0.5, 0.25, 0.0]] * 2
+    assert counted.item_BSK[:, 1, :3].tolist() == [[70, 71, -1], [-1, -1, -1]]
+    assert counted.share_BSK[0, 1, :3].tolist() == [0.5, 0.25, 0.0]
+
+
+def test_popularity_without_a_total_says_nothing(live: Live, store: StateStore) -> None:
+    """A record by somebody who did not know how much all items weigh together."""
+    write_clicks(store, 1, [50])
+    model = FakeModel()
+    answer([Ask(1, 3)], live, model, NOW_MS)
+    assert TRENDING.total == 0
+    assert (model.counted[0].item_BSK == -1).all()
+
+
+def test_followers_are_read_once_a_second(live: Live) -> None:
+    one = Followers(9, 1.0, np.array([70]), np.array([1.0]))
+    put_lists(live.client, {61: one}, half_life_h=48)
+    assert live.followers.lists([61, 62, -1])[0].item_id.tolist() == [70]
+    put_lists(live.client, {61: one._replace(item_id=np.array([71]))}, half_life_h=48)
+    assert live.followers.lists([61])[0].item_id.tolist() == [70]
+    until(lambda: live.followers.lists([61])[0].item_id.tolist() == [71])
+
+
+def test_followers_that_cannot_be_read_are_none() -> None:
+    cache = FollowerCache(connect("redis://127.0.0.1:9/0", timeout_s=0.2))
+    assert [found.item_id.tolist() for found in cache.lists([61, 62])] == [[], []]

@@ -29,6 +29,7 @@ class TritonPythonModel:
         torch.set_num_threads(1)
         folder = Path(args["model_repository"]) / args["model_version"]
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        self.padding = manifest["padding"]
         self.names = [spec["name"] for spec in manifest["inputs"]]
         raw = bytearray((folder / "item_ids.i64").read_bytes())
         self.item_ids = torch.frombuffer(raw, dtype=torch.int64)
@@ -36,7 +37,7 @@ class TritonPythonModel:
         warm_up = [
             torch.full(
                 (2, *spec["shape"]) if spec["batched"] else tuple(spec["shape"]),
-                manifest["padding"] if spec["name"].endswith("_item") else 0,
+                self.padding if spec["name"].endswith("_item") else 0,
                 dtype=getattr(torch, spec["dtype"]),
             )
             for spec in manifest["inputs"]
@@ -53,6 +54,9 @@ class TritonPythonModel:
         withdrawn = _read(request, "withdrawn")
         inputs = {name: _read(request, name) for name in self.names if name != "available"}
         inputs["available"] = ~torch.isin(self.item_ids, withdrawn)
+        # A live source may name what is in no vocabulary: `available` cannot speak of it.
+        counted = inputs["counted_item"]
+        inputs["counted_item"] = counted.masked_fill(torch.isin(counted, withdrawn), self.padding)
         with torch.inference_mode():
             outputs = self.model(*(inputs[name] for name in self.names))
         return pb_utils.InferenceResponse(

@@ -27,6 +27,7 @@ from streams.topics import DEFAULT_PREFIX, Topics
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from features.sources import Counted
     from features.view import StreamBatch
 
 log = logging.getLogger("moveline.recommend")
@@ -54,9 +55,10 @@ def retrieve(
     streams: StreamBatch,
     excluded: Sequence[Sequence[int]],
     withdrawn: frozenset[int],
+    counted: Counted,
 ) -> Retrieved:
     """Ask one pinned version of the retrieval model, inside the same server."""
-    inputs = retrieval_inputs(streams, excluded, withdrawn)
+    inputs = retrieval_inputs(streams, excluded, withdrawn, counted=counted)
     response = pb_utils.InferenceRequest(
         model_name=RETRIEVAL_MODEL,
         model_version=version,
