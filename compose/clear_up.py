@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from compose.cli.options import kafka_of
@@ -19,6 +18,8 @@ from trainer.manifest import MANIFEST_FILE, MODEL_FILE, facts_of
 from trainer.repository import size_bytes
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from compose.settings import Settings
 
 # Versions besides the live one that a rollback can reach. Each keeps its files on disk and has its

@@ -98,11 +98,13 @@ def _why_not(
         return "it is live"
     if version not in versions.lived or versions.pointers is None:
         return "it was never live"
-    if versions.pointers.generation not in schema_holders(
-        settings, facts.get("feature_schema_hash")
-    ):
+    held = schema_holders(settings, facts.get("feature_schema_hash"))
+    if versions.pointers.generation not in held:
         return f"g{versions.pointers.generation} has other features"
-    memory_version = facts.get("memory_version")
+    return _why_no_memories(facts.get("memory_version"), coverages)
+
+
+def _why_no_memories(memory_version: str | None, coverages: dict[str, float]) -> str | None:
     if memory_version is None:
         return None
     if memory_version not in coverages:

@@ -152,6 +152,7 @@ def tidy(versions: Versions, servers: Sequence[TritonServer]) -> list[Path]:
 
 
 def is_of_unknown_age(versions: Versions, version: int) -> bool:
+    """Return whether a version was made without a token, so that it may have been live."""
     return publish_token(versions.folders[version]) == UNKNOWN_TOKEN
 
 

@@ -96,8 +96,8 @@ def stage(model_folder: Path, files: Mapping[str, Path | bytes], *, token: int) 
         free = shutil.disk_usage(model_folder.parent).free
         raise StagingError(
             f"the package could not be copied to {draft.parent} ({error}): it has {needed:,} "
-            f"bytes, {free:,} are free. Nothing was changed; make room with `moveline gc` and publish "
-            "again."
+            f"bytes, {free:,} are free. Nothing was changed; make room with `moveline gc` and "
+            "publish again."
         ) from error
     except BaseException:
         discard(draft)
