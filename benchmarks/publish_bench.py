@@ -1,4 +1,4 @@
-"""An installation to publish into: real Kafka, Redis and Triton, packages, and somebody who asks."""
+"""An installation to publish into: real servers, packages, and somebody who asks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,6 @@ from scoring.signature import RECOMMEND_MODEL, Degraded
 from scoring.triton import TritonServer
 from streams.kafka import KafkaConfig, ensure_topics
 from trainer.manifest import MANIFEST_FILE, MODEL_FILE, facts_of
-from trainer.publish import Step
 from trainer.repository import STAGING
 
 if TYPE_CHECKING:
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
 
     from compose.local.stack import LocalStack
     from compose.settings import Settings
+    from trainer.publish import Step
 
 RULES: Final = StateConfig(recent=8, mid=24, chunk=6, dedup_window=16)
 USERS: Final = tuple(range(1, 9))
@@ -174,7 +174,12 @@ class Child:
     """A publisher that waits at a step; dead at the end of the block, whatever happened."""
 
     def __init__(
-        self, environment: Mapping[str, str], package: Path, *, wait_at: int = 0, more: Sequence[str]
+        self,
+        environment: Mapping[str, str],
+        package: Path,
+        *,
+        wait_at: int = 0,
+        more: Sequence[str],
     ) -> None:
         arguments = [str(package), "--wait-at", str(wait_at), *more]
         self.process = subprocess.Popen(
@@ -242,7 +247,9 @@ class Installation:
         """Return what is live and on disk."""
         return Versions.read(self.settings.model_repository, *kafka_of(self.settings))
 
-    def child(self, package: Path, *, wait_at: Step | None = None, more: Sequence[str] = ()) -> Child:
+    def child(
+        self, package: Path, *, wait_at: Step | None = None, more: Sequence[str] = ()
+    ) -> Child:
         """Start a publisher."""
         return Child(self.environment, package, wait_at=int(wait_at or 0), more=more)
 
@@ -293,8 +300,8 @@ class Installation:
         """Return the process id of a server."""
         return next(one.pid for one in self.stack.running() if one.name == name and one.alive)
 
-    def restart_triton(self) -> None:
-        """Kill tritonserver, start it again as it was, and load what it serves."""
+    def restart_triton(self, *, load: bool = True) -> None:
+        """Kill tritonserver, start it again as it was, and load what it serves unless told not."""
         name = next(
             one.name for one in self.stack.running() if one.name.startswith("triton") and one.alive
         )
@@ -303,16 +310,15 @@ class Installation:
         environment = dict(part.split("=", 1) for part in _split(Path(f"/proc/{pid}/environ")))
         os.kill(pid, signal.SIGKILL)
         self.stack.stop(name)
-        self.start_triton(argv, environment)
-
-    def start_triton(self, argv: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Start a tritonserver; return once it has loaded what is there."""
         names = {one.name for one in self.stack.running() if one.alive}
-        name = next(f"triton-{n}" for n in range(1, 100) if f"triton-{n}" not in names)
+        name = next(
+            f"triton-{number}" for number in range(1, 100) if f"triton-{number}" not in names
+        )
         self.stack.spawn(name, list(argv), env=environment)
         with TritonServer(self.settings.triton.address) as server:
             until(server.is_live)
-        load_served_models(self.settings)
+        if load:
+            load_served_models(self.settings)
 
 
 def _split(path: Path) -> list[str]:

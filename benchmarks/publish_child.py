@@ -2,8 +2,8 @@
 
   python -m benchmarks.publish_child PACKAGE [--wait-at STEP] [--file-bytes-max N]
 
-Whoever started it kills it there, breaks something, or lets it go on with a line on stdin: so a kill
-comes exactly after the step that it is meant for.
+Whoever started it kills it there, breaks something, or lets it go on with a line on stdin: so a
+kill comes exactly after the step that it is meant for.
 """
 
 from __future__ import annotations
