@@ -37,6 +37,14 @@ class ParityError(TrainerError):
     """Triton and the package answer differently."""
 
 
+class NotFiniteError(TrainerError):
+    """Weights are damaged: scores are not numbers."""
+
+
+class StagingError(PublishError):
+    """A package could not be copied into the repository; nothing of the copy is left."""
+
+
 class DeviceError(TrainerError, ValueError):
     """There is no device of the kind that was asked for."""
 
