@@ -10,7 +10,7 @@ hours before it, for a fixed number of seconds of one processor: 160 a day for b
 times 160 or four times 40. Items that are new by then get their ids, and an arm that is not trained
 cannot name them.
 
-Judged: 600 users that click after the 9th, at most 12 clicks of each on each day, drawn by seed.
+Judged: 1,200 users that click after the 9th, at most 12 clicks of each on each day, drawn by seed.
 Every click is ranked against all items before it is shown, the clicks of a user at one time
 together; with the state of the moment (live), and with the state of the arm's last training
 (frozen): what a user did since, and what is popular since, is not known then. SERVED=gems mixes the

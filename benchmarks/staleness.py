@@ -65,8 +65,12 @@ class Protocol:
         first_s: Processor seconds of the first training, which all arms share.
         day_s: Those of the later trainings of a day: one takes all of it, four a quarter each.
         window_ms: A later training learns from the labels of so long before it.
+        half_life_ms: What the priors of a model count is worth half after so long, as is what
+            recent popularity counts.
         calibration_share: Of those labels, the newest part that weighs sources, not weights.
         served: What is ranked; see SERVED.
+        examples_per_batch: Labels of a step. Their histories are short, so that many together cost
+            little more than a few.
         epochs: Passes of a training at most; a test ends by them, so that it repeats.
     """
 
@@ -74,16 +78,18 @@ class Protocol:
     begin_ms: int
     split_ms: int
     end_ms: int
-    test_users: int = 600
+    test_users: int = 1_200
     labels_per_day: int = 12
     first_s: float = 240.0
     day_s: float = 160.0
     window_ms: int = DAY_MS
+    half_life_ms: int = NEWS_HALF_LIFE_MS
     calibration_share: float = 0.02
     calibration_users: int = 400
     served: str = "gems"
     seed: int = 1
     epochs: float = 100.0
+    examples_per_batch: int = 128
     model: GemsConfig = dataclasses.field(default_factory=GemsConfig)
     code_sizes: tuple[int, int, int] = (64, 64, 32)
     revision: int = REVISION
@@ -111,6 +117,7 @@ class Protocol:
             epochs=self.epochs,
             budget_s=seconds,
             budget_clock="processor",
+            examples_per_batch=self.examples_per_batch,
             seed=self.seed,
             num_threads=1,
         )
@@ -191,7 +198,7 @@ class Ground:
         contest = Contest.of(
             task,
             repeats=True,
-            half_life_ms=NEWS_HALF_LIFE_MS,
+            half_life_ms=protocol.half_life_ms,
             budget=Budget(),
             seed=protocol.seed,
         )
@@ -354,7 +361,14 @@ def trained_on(ground: Ground, state: WarmState, config: TrainConfig, moment_ms:
     until_ms = calibration_from_ms(ground, moment_ms) - 1
     known = rows_of(ground.log, ground.log.event_time_ms_N <= until_ms)
     from_ms = moment_ms - ground.protocol.window_ms
-    trained = warm_train(known, state, config, until_ms=until_ms, from_ms=from_ms)
+    trained = warm_train(
+        known,
+        state,
+        config,
+        until_ms=until_ms,
+        from_ms=from_ms,
+        half_life_ms=ground.protocol.half_life_ms,
+    )
     # A state is known by its moment, whatever of it was kept back to weigh sources.
     return dataclasses.replace(trained, split_ms=moment_ms - 1)
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.dataset import Bools, EventLog, Int64s
+from trainer.dataset import EventLog, Int64s
 from trainer.item_vectors import beside_domains, domains_of
 from trainer.models.gems import Gems
 from trainer.models.lifelong import Compressor
@@ -24,6 +24,7 @@ from trainer.training_state import WarmState
 from trainer.vocabulary import UNKNOWN, Vocabulary
 
 Float32s = NDArray[np.float32]
+Float64s = NDArray[np.float64]
 
 # Readers of a new item that its vector is made from, the first ones: the id of an item must not
 # wait for many, and what the hundredth adds is small.
@@ -59,8 +60,7 @@ def extended(
         (state.domain_V, domains_of(log, vocabulary, until_ms=until_ms)[new_place])
     )
     semantic_ids = _placed(model.trie, vectors_VE, new_vectors_NE, domain_V, old)
-    counted_N = seen_N if from_ms is None else seen_N & (log.event_time_ms_N >= from_ms)
-    count_V = _counts(log, vocabulary, counted_N)
+    count_V = window_counts(log, vocabulary, until_ms=until_ms, from_ms=from_ms)
     larger = Gems(
         model.config,
         SemanticIds(semantic_ids.codes_V3[torch.from_numpy(order)], semantic_ids.sizes),
@@ -70,8 +70,8 @@ def extended(
         compressor=_frozen(model),
     )
     _take_weights(larger, model)
-    old_count_V = np.concatenate((state.count_V, np.zeros_like(new_ids)))[order]
-    _renew_priors(larger, old_count_V, count_V)
+    old_count_V = np.concatenate((state.count_V, np.zeros(len(new_ids))))[order]
+    renew_priors(larger, old_count_V, count_V)
     return replace(
         state,
         model=larger.eval(),
@@ -94,10 +94,25 @@ def _placed(
     )
 
 
-def _counts(log: EventLog, vocabulary: Vocabulary, counted_N: Bools) -> Int64s:
-    """Events of each item among the marked ones [V]."""
+def window_counts(
+    log: EventLog,
+    vocabulary: Vocabulary,
+    *,
+    until_ms: int,
+    from_ms: int | None = None,
+    half_life_ms: int | None = None,
+) -> Float64s:
+    """Events of each item between two times [V]; with a half-life, each as old as it is."""
+    time_ms_N = log.event_time_ms_N
+    counted_N = time_ms_N <= until_ms
+    if from_ms is not None:
+        counted_N = counted_N & (time_ms_N >= from_ms)
     item = vocabulary.index_items(log.item_id_N[counted_N])
-    return np.bincount(item, minlength=vocabulary.num_items + 1)[1:].astype(np.int64)
+    weight = None
+    if half_life_ms is not None:
+        weight = 0.5 ** ((until_ms - time_ms_N[counted_N]) / half_life_ms)
+    counts = np.bincount(item, weight, minlength=vocabulary.num_items + 1)[1:]
+    return counts.astype(np.float64)
 
 
 def new_item_vectors(
@@ -165,8 +180,11 @@ def _take_weights(larger: Gems, model: Gems) -> None:
     assert all(name == "item.weight" or name.startswith("trie.") for name in missing), missing
 
 
-def _renew_priors(model: Gems, old_count_V: Int64s, count_V: Int64s) -> None:
-    """Replace the counts that the priors of every node of the tree started from."""
+def renew_priors(model: Gems, old_count_V: Float64s, count_V: Float64s) -> None:
+    """Replace the counts that the priors of every node of the tree stand on.
+
+    What training added to them stays.
+    """
     if model.config.prior == "off":
         return
     befores = model.trie.log_counts(torch.from_numpy(old_count_V))

@@ -4,7 +4,9 @@ import hashlib
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.batches import NUM_TARGETS, PADDING, Batch, BatchSource, LabelExamples
@@ -65,7 +67,7 @@ class Trained:
     """A model, and what its evaluation and export need to know of its training.
 
     Attributes:
-        count_V: Events of each item that the priors started from.
+        count_V: Events of each item that the priors stand on.
         domain_V: Dense domain of each item that its semantic id was made with.
     """
 
@@ -76,7 +78,7 @@ class Trained:
     groups: LabelGroups
     split_ms: int
     fitted: Fitted
-    count_V: Int64s
+    count_V: NDArray[np.float64]
     domain_V: Int64s
 
 
@@ -152,7 +154,7 @@ def train(
         groups=groups,
         split_ms=split_ms,
         fitted=fitted,
-        count_V=item_counts(log, vocabulary, until_ms=split_ms),
+        count_V=item_counts(log, vocabulary, until_ms=split_ms).astype(np.float64),
         domain_V=domains_of(log, vocabulary),
     )
 

@@ -13,6 +13,7 @@ from typing import Any, Final, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -27,6 +28,8 @@ from trainer.semantic_ids import SemanticIds
 from trainer.train import TrainConfig, Trained
 from trainer.vocabulary import Vocabulary
 
+Float64s = NDArray[np.float64]
+
 STATE_FILE: Final = "training.safetensors"
 # Raised when an older file can no longer be gone on from.
 STATE_VERSION: Final = 1
@@ -39,14 +42,14 @@ class WarmState:
     """A trained model and what its items are known by.
 
     Attributes:
-        count_V: Events of each item that the priors started from.
+        count_V: Events of each item that the priors stand on.
         domain_V: Dense domain of each item that its semantic id was made with.
         split_ms: The newest time that was learned from.
     """
 
     model: Gems
     vocabulary: Vocabulary
-    count_V: Int64s
+    count_V: Float64s
     domain_V: Int64s
     config: TrainConfig
     split_ms: int
@@ -141,7 +144,7 @@ def _config(facts: dict[str, Any]) -> TrainConfig:
 def _model(
     config: TrainConfig,
     weights: dict[str, torch.Tensor],
-    count_V: Int64s,
+    count_V: Float64s,
     *,
     num_domains: int,
 ) -> Gems:

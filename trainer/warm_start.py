@@ -27,7 +27,7 @@ from trainer.export import MANIFEST_FILE, read_manifest, sha256_of
 from trainer.loop import CLOCKS, NO_OUTPUTS, Outputs, Stage, fit, prepare_torch
 from trainer.models.gems import Gems
 from trainer.models.indexer import DISTIL, TOP_K
-from trainer.new_items import extended
+from trainer.new_items import extended, renew_priors, window_counts
 from trainer.train import (
     STAGE_BEGINS,
     GemsLearner,
@@ -73,6 +73,7 @@ def warm_train(
     *,
     until_ms: int | None = None,
     from_ms: int | None = None,
+    half_life_ms: int | None = None,
 ) -> Trained:
     """A model that goes on from `state`, which stays as it is, on the newest labels of a log.
 
@@ -84,6 +85,8 @@ def warm_train(
         until_ms: Nothing later is learned from; by `config.train_quantile` if left out.
         from_ms: Labels from then on are learned from, and priors count events from then on. Left
             out, the newest `config.label_share` of the labels, and all events.
+        half_life_ms: When all is learned, priors go over to the counts of the end: an event of so
+            long ago counts half. Left out, they stay with the counts of the window.
 
     Raises:
         WarmStartError: The model would have other sizes.
@@ -114,6 +117,11 @@ def warm_train(
         spent_s=clock() - started,
     )
     refuse_no_step(fitted, config.loop)
+    count_V = known.count_V
+    if half_life_ms is not None:
+        # Not before: the labels are spread over the window, and would teach its mean again.
+        count_V = window_counts(log, known.vocabulary, until_ms=until_ms, half_life_ms=half_life_ms)
+        renew_priors(known.model, known.count_V, count_V)
     return Trained(
         model=known.model,
         config=config,
@@ -122,7 +130,7 @@ def warm_train(
         groups=groups,
         split_ms=until_ms,
         fitted=fitted,
-        count_V=known.count_V,
+        count_V=count_V,
         domain_V=known.domain_V,
     )
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.trainer.conftest import small_model, small_training
+from tests.trainer.conftest import DAY_MS, small_model, small_training
 from tests.trainer.newer import END_MS, NEWER_FROM_MS, newer_log
 from trainer.dataset import EventLog
 from trainer.errors import EmptyWindowError, ExportError, VocabularyError, WarmStartError
@@ -133,9 +133,30 @@ def test_a_warm_run_can_be_gone_on_from_in_turn(warm: Trained, later: EventLog) 
     assert _memory_version(third.model) == _memory_version(warm.model)
 
 
+def test_priors_may_end_as_the_counts_of_the_end(trained: Trained, later: EventLog) -> None:
+    """The weights are those of the same run without; the priors differ by the two counts."""
+    state, half_life_ms = WarmState.of(trained), 10 * DAY_MS
+    plain = warm_train(later, state, small_training(), from_ms=NEWER_FROM_MS)
+    ended = warm_train(
+        later, state, small_training(), from_ms=NEWER_FROM_MS, half_life_ms=half_life_ms
+    )
+    assert torch.equal(ended.model.outputs[2], plain.model.outputs[2])
+    place = int(np.argmax(plain.count_V))
+    rows = (later.item_id_N == plain.vocabulary.item_ids_V[place]) & (
+        later.event_time_ms_N <= plain.split_ms
+    )
+    age_ms = plain.split_ms - later.event_time_ms_N[rows]
+    assert ended.count_V[place] == pytest.approx((0.5 ** (age_ms / half_life_ms)).sum())
+    first, second, third = ended.model.trie.codes_I3[place + 1].tolist()
+    leaf = first * 4 + second, third
+    moved = ended.model.biases[2].detach()[leaf] - plain.model.biases[2].detach()[leaf]
+    wanted = np.log((ended.count_V[place] + 0.5) / (plain.count_V[place] + 0.5))
+    assert moved.item() == pytest.approx(wanted, abs=1e-4)
+
+
 def test_nothing_after_the_window_is_learned_from(trained: Trained, later: EventLog) -> None:
     """The log ends in one run where the window ends; what comes after it changes no weight."""
-    until_ms = NEWER_FROM_MS + 50 * 86_400_000
+    until_ms = NEWER_FROM_MS + 50 * DAY_MS
     config, state = small_training(train_quantile=1.0), WarmState.of(trained)
     known = later.event_time_ms_N <= until_ms
     columns = {
