@@ -65,8 +65,9 @@ class Protocol:
         first_s: Processor seconds of the first training, which all arms share.
         day_s: Those of the later trainings of a day: one takes all of it, four a quarter each.
         window_ms: A later training learns from the labels of so long before it.
-        half_life_ms: What the priors of a model count is worth half after so long, as is what
-            recent popularity counts.
+        half_life_ms: What recent popularity counts is worth half after so long.
+        prior_half_life_ms: Likewise what the priors of a model count when it is trained. An hour
+            was better than three on 8 October, which is not judged.
         calibration_share: Of those labels, the newest part that weighs sources, not weights.
         served: What is ranked; see SERVED.
         examples_per_batch: Labels of a step. Their histories are short, so that many together cost
@@ -84,6 +85,7 @@ class Protocol:
     day_s: float = 160.0
     window_ms: int = DAY_MS
     half_life_ms: int = NEWS_HALF_LIFE_MS
+    prior_half_life_ms: int = HOUR_MS
     calibration_share: float = 0.02
     calibration_users: int = 400
     served: str = "gems"
@@ -367,7 +369,7 @@ def trained_on(ground: Ground, state: WarmState, config: TrainConfig, moment_ms:
         config,
         until_ms=until_ms,
         from_ms=from_ms,
-        half_life_ms=ground.protocol.half_life_ms,
+        half_life_ms=ground.protocol.prior_half_life_ms,
     )
     # A state is known by its moment, whatever of it was kept back to weigh sources.
     return dataclasses.replace(trained, split_ms=moment_ms - 1)
