@@ -19,6 +19,8 @@
 #                                         ten versions published and two rolled back under load
 #   make bench-quality SET=... [SEEDS=n] [PROTOCOL=...] [MODELS=...] [BUDGET_S=n] [DATA=folder]
 #                                         which model ranks best: docs/quality.md says how
+#   make bench-staleness [RECORD=1] [SERVED=gems|gems_no_sources] [DATA=folder]
+#                                         once, daily, six-hourly trained; frozen and live state
 #   make quality-pages                    tables and plots of those results into docs/results
 #   make check                            format, lint, types, import contracts (under 60 s)
 #   make figures                          benchmarks/results into README.md
@@ -36,12 +38,13 @@ DATA ?= ../shared/data
 SET ?= complete_journey
 SEEDS ?= 1
 MODELS ?= default
+SERVED ?= gems
 BIN := .venv/bin
 
 .PHONY: demo test sim faults parity bench-ingest bench-freshness bench-replay bench-memory
 .PHONY: faults-publish bench-publish
 .PHONY: bench-pit bench-read bench-score bench-compact bench-train bench-quality
-.PHONY: quality-pages check format figures up down clean
+.PHONY: bench-staleness quality-pages check format figures up down clean
 
 demo: .venv/stamp-local
 	$(BIN)/moveline demo $(if $(KEEP),--keep) $(if $(RECORD),--record)
@@ -112,6 +115,11 @@ bench-quality: .venv/stamp-dev
 	DATA=$(DATA) $(BIN)/python -m benchmarks.bench_quality --set $(SET) --seeds $(SEEDS) \
 	  --models $(MODELS) $(if $(PROTOCOL),--protocol $(PROTOCOL)) \
 	  $(if $(BUDGET_S),--budget-s $(BUDGET_S))
+
+# One file an arm and training: a run that was stopped goes on where it was.
+bench-staleness: .venv/stamp-dev
+	DATA=$(DATA) $(BIN)/python -m benchmarks.bench_staleness --served $(SERVED) \
+	  $(if $(RECORD),--record)
 
 quality-pages: .venv/stamp-dev
 	$(BIN)/python -m benchmarks.quality_pages

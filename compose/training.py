@@ -24,6 +24,7 @@ from trainer.ranks import joined
 from trainer.train import TrainConfig, served
 from trainer.train import train as train_model
 from trainer.vocabulary import Vocabulary
+from trainer.warm_start import load_state, warm_train
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,13 +50,14 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest:
-    """What `moveline train` was asked for."""
+    """What `moveline train` was asked for; `warm` is a package to go on from."""
 
     budget_s: float
     epochs: float
     seed: int = 1
     num_threads: int = 2
     resume: bool = False
+    warm: Path | None = None
     out: Path | None = None
 
 
@@ -79,11 +81,11 @@ def train_package(settings: Settings, request: TrainRequest) -> TrainResult | No
     config = stores_of(settings)[0].config
     with joined(settings.training.device) as ranks:
         events = training_log(settings, config, ranks, resume=request.resume)
-        trained = train_model(
-            events.log,
-            _train_config(settings, request, config),
-            _outputs(settings, resume=request.resume),
-        )
+        how = _train_config(settings, request, config), _outputs(settings, resume=request.resume)
+        if request.warm is None:
+            trained = train_model(events.log, *how)
+        else:
+            trained = warm_train(events.log, load_state(request.warm), *how)
     if not ranks.is_first:
         return None
     judged = Judged.of(events.log, config)

@@ -1,11 +1,12 @@
 """Trains a GEMs retrieval model on an event log; how is in trainer/loop.py."""
 
 import hashlib
-import time
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from features.sources import HALF_LIFE_H_DEFAULT
@@ -15,6 +16,7 @@ from trainer.counted import LiveSources
 from trainer.dataset import (
     TRAIN_QUANTILE,
     EventLog,
+    Int64s,
     LabelGroups,
     label_groups,
     newest,
@@ -23,8 +25,18 @@ from trainer.dataset import (
 )
 from trainer.errors import BudgetError, EmptyWindowError
 from trainer.evaluate import held_out_groups
-from trainer.item_vectors import co_occurrence_vectors, with_domains
-from trainer.loop import NO_OUTPUTS, Fitted, Learner, LoopConfig, Outputs, Stage, fit, prepare_torch
+from trainer.item_vectors import co_occurrence_vectors, domains_of, with_domains
+from trainer.loop import (
+    CLOCKS,
+    NO_OUTPUTS,
+    Fitted,
+    Learner,
+    LoopConfig,
+    Outputs,
+    Stage,
+    fit,
+    prepare_torch,
+)
 from trainer.models.config import GemsConfig
 from trainer.models.gems import Gems
 from trainer.models.indexer import DISTIL, FULL, TOP_K
@@ -71,6 +83,8 @@ class Trained:
 
     Attributes:
         split_ms: The end of the training window, its calibration part included.
+        count_V: Events of each item that the priors stand on.
+        domain_V: Dense domain of each item that its semantic id was made with.
         gate: Weighs the model and the live sources.
     """
 
@@ -81,6 +95,8 @@ class Trained:
     groups: LabelGroups
     split_ms: int
     fitted: Fitted
+    count_V: NDArray[np.float64]
+    domain_V: Int64s
     gate: SourceGate = field(default_factory=SourceGate.untuned)
 
 
@@ -131,35 +147,26 @@ def train(
         DeviceError: There is no such device.
         CheckpointError: The checkpoint belongs to another run, or is damaged.
     """
-    started = time.monotonic()
+    clock = CLOCKS[config.loop.budget_clock]
+    started = clock()
     prepare_torch(config.loop)
     groups = label_groups(log)
     split_ms = split_time_ms(log, quantile=config.train_quantile)
     fit_ms = fit_time_ms(log, groups, config)
     learnable = newest(training_groups(log, groups, split_ms=fit_ms), share=config.label_share)
     vocabulary = Vocabulary.of(log, split_ms=fit_ms)
-    source = BatchSource.of(
-        log,
-        vocabulary,
-        num_recent=config.model.num_recent,
-        num_mid=config.model.num_mid,
-        num_older=config.model.num_older_read,
-    )
+    source = gems_source(log, vocabulary, config.model)
     model = new_model(log, vocabulary, config, tables_ms=fit_ms, compressor=compressor)
     fitted = fit(
         GemsLearner(model),
         LabelExamples(source, learnable, config.num_targets),
         config.loop,
         name="gems",
-        outputs=replace(outputs, data_key=_data_key(log, config)),
+        outputs=replace(outputs, data_key=data_key(log, config)),
         stages=training_stages(model),
-        spent_s=time.monotonic() - started,
+        spent_s=clock() - started,
     )
-    if not fitted.losses:
-        raise BudgetError(
-            f"{fitted.seconds:.1f} s went by before the first step, but budget_s is "
-            f"{config.loop.budget_s}; train again with a larger budget"
-        )
+    refuse_no_step(fitted, config.loop)
     trained = Trained(
         model=model,
         config=config,
@@ -168,6 +175,8 @@ def train(
         groups=groups,
         split_ms=split_ms,
         fitted=fitted,
+        count_V=item_counts(log, vocabulary, until_ms=fit_ms).astype(np.float64),
+        domain_V=domains_of(log, vocabulary),
     )
     return with_gate(trained, calibration_groups(log, groups, fit_ms=fit_ms, split_ms=split_ms))
 
@@ -209,6 +218,30 @@ def served(trained: Trained) -> Served:
     """The trained model with its live sources over the log it was trained on."""
     live = LiveSources.of(trained.source.log, half_life_h=trained.config.half_life_h)
     return Served(trained.model, trained.vocabulary, trained.source, live)
+
+
+def gems_source(log: EventLog, vocabulary: Vocabulary, config: GemsConfig) -> BatchSource:
+    """Batches of what a model of this configuration reads."""
+    return BatchSource.of(
+        log,
+        vocabulary,
+        num_recent=config.num_recent,
+        num_mid=config.num_mid,
+        num_older=config.num_older_read,
+    )
+
+
+def refuse_no_step(fitted: Fitted, loop: LoopConfig) -> None:
+    """Return if anything was learned.
+
+    Raises:
+        BudgetError: The budget was spent on getting ready.
+    """
+    if not fitted.losses:
+        raise BudgetError(
+            f"{fitted.seconds:.1f} s went by before the first step, but budget_s is "
+            f"{loop.budget_s}; train again with a larger budget"
+        )
 
 
 def training_stages(model: Gems) -> list[Stage]:
@@ -261,7 +294,7 @@ def new_model(
     )
 
 
-def _data_key(log: EventLog, config: TrainConfig) -> str:
+def data_key(log: EventLog, config: TrainConfig) -> str:
     """Hex digits that change with the events and with what the model is made of."""
     digest = hashlib.blake2b(digest_size=16)
     for column in (log.user_N, log.item_id_N, log.event_time_ms_N, log.ordinal_N):

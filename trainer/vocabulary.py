@@ -61,9 +61,13 @@ def item_counts(log: EventLog, vocabulary: Vocabulary, *, until_ms: int) -> Int6
     return np.bincount(item, minlength=vocabulary.num_items + 1)[1:].astype(np.int64)
 
 
-def item_users(log: EventLog, vocabulary: Vocabulary, *, until_ms: int) -> Int64s:
-    """Users who had met each item up to a time [V]."""
+def item_users(
+    log: EventLog, vocabulary: Vocabulary, *, until_ms: int, from_ms: int | None = None
+) -> Int64s:
+    """Users who met each item up to a time, or between two [V]."""
     known = log.event_time_ms_N <= until_ms
+    if from_ms is not None:
+        known &= log.event_time_ms_N >= from_ms
     item = vocabulary.index_items(log.item_id_N[known])
     width = vocabulary.num_items + 1
     once = np.unique(log.user_N[known] * width + item)

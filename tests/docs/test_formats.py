@@ -170,7 +170,7 @@ def test_manifest_keys(formats: str, table: Table) -> None:
     literal = next(node.value for node in ast.walk(tree) if isinstance(node, ast.Return))
     assert isinstance(literal, ast.Dict)
     written = {ast.literal_eval(key) for key in literal.keys if key is not None}
-    written |= set(export.Provenance.__dataclass_fields__) | {"files"}
+    written |= set(export.Provenance.__dataclass_fields__) | {"files", "training_files"}
     assert set(first_names(table(formats, "key of the manifest", "what"))) == written
 
 

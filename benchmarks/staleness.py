@@ -1,0 +1,414 @@
+"""What bench_staleness.py measures: arms that train at moments, and answer until the next one.
+
+Every number of a moment is made from events before it, or, with live state, before the label that
+is ranked. One file an arm and moment keeps the place of each judged event, so that a run that was
+stopped goes on; the newest state of an arm's model is kept beside them.
+
+Legend: G labels, E events of the labels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from benchmarks.common import CONSOLE
+from features.history import labels_at
+from trainer.baselines import NEWS_HALF_LIFE_MS, lists_of
+from trainer.contest import Budget, Contest, Entry
+from trainer.dataset import label_groups, training_groups
+from trainer.evaluate import held_out_groups
+from trainer.loop import LoopConfig
+from trainer.models.config import GemsConfig
+from trainer.protocols import Task, rows_of
+from trainer.rankers import Naming, gems_ranker
+from trainer.streaming_evaluation import Targets, places, rank_all, rank_frozen
+from trainer.train import TrainConfig, gems_source, train
+from trainer.training_state import WarmState, read_state, save_state
+from trainer.warm_start import warm_train
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from trainer.dataset import EventLog, LabelGroups
+    from trainer.train import Trained
+
+HOUR_MS: Final = 3_600_000
+DAY_MS: Final = 24 * HOUR_MS
+# Raise it where a change of the code makes older files incomparable.
+REVISION: Final = 1
+# Hours between two trainings of an arm; None is never again.
+ARMS: Final[dict[str, int | None]] = {"once": None, "daily": 24, "sixhourly": 6}
+# What is ranked, and the rival of trainer/rivals.py that it is.
+SERVED: Final = {"gems": "gems_blend", "gems_no_sources": "gems"}
+# Rankings that need no model, and how often their frozen state is renewed: as an arm's.
+REFERENCES: Final = ("recent_popularity", "co_occurrence")
+# Users are put into this many parts by hash before every n-th part is taken.
+_MIX: Final = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """Everything that decides a result.
+
+    Attributes:
+        one_user_in: Users whose hash falls into one of so many parts are kept, with all they did.
+        begin_ms, split_ms, end_ms: Events before `begin_ms` or from `end_ms` on are left out;
+            labels from `split_ms` on are judged.
+        test_users: Users with labels after the split that are judged, drawn by seed.
+        labels_per_day: Labels of such a user that are judged on each day at most, drawn by seed.
+        first_s: Processor seconds of the first training, which all arms share.
+        day_s: Those of the later trainings of a day: one takes all of it, four a quarter each.
+        window_ms: A later training learns from the labels of so long before it.
+        half_life_ms: What recent popularity counts is worth half after so long.
+        prior_half_life_ms: Likewise what the priors of a model count when it is trained. An hour
+            was better than three on 8 October, which is not judged.
+        calibration_share: Of those labels, the newest part that weighs sources, not weights.
+        served: What is ranked; see SERVED.
+        examples_per_batch: Labels of a step. Their histories are short, so that many together cost
+            little more than a few.
+        epochs: Passes of a training at most; a test ends by them, so that it repeats.
+    """
+
+    one_user_in: int = 6
+    begin_ms: int
+    split_ms: int
+    end_ms: int
+    test_users: int = 1_200
+    labels_per_day: int = 12
+    first_s: float = 240.0
+    day_s: float = 160.0
+    window_ms: int = DAY_MS
+    half_life_ms: int = NEWS_HALF_LIFE_MS
+    prior_half_life_ms: int = HOUR_MS
+    calibration_share: float = 0.02
+    calibration_users: int = 400
+    served: str = "gems"
+    seed: int = 1
+    epochs: float = 100.0
+    examples_per_batch: int = 128
+    model: GemsConfig = dataclasses.field(default_factory=GemsConfig)
+    code_sizes: tuple[int, int, int] = (64, 64, 32)
+    revision: int = REVISION
+
+    @property
+    def key(self) -> str:
+        """16 hex digits that change with any of it."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    def moments(self, arm: str) -> list[int]:
+        """When an arm trains; the first is the split."""
+        hours = ARMS[arm]
+        if hours is None:
+            return [self.split_ms]
+        return list(range(self.split_ms, self.end_ms, hours * HOUR_MS))
+
+    def seconds(self, arm: str) -> float:
+        """Processor seconds of each later training of an arm: a day's worth is the same for all."""
+        return self.day_s * (ARMS[arm] or 24) / 24
+
+    def loop(self, seconds: float) -> LoopConfig:
+        """How a training goes: until its seconds are spent."""
+        return LoopConfig(
+            epochs=self.epochs,
+            budget_s=seconds,
+            budget_clock="processor",
+            examples_per_batch=self.examples_per_batch,
+            seed=self.seed,
+            num_threads=1,
+        )
+
+    def training(self, seconds: float) -> TrainConfig:
+        """What is trained: all events of the log it is given."""
+        return TrainConfig(
+            train_quantile=1.0,
+            code_sizes=self.code_sizes,
+            model=self.model,
+            loop=self.loop(seconds),
+        )
+
+
+def sampled(log: EventLog, protocol: Protocol) -> EventLog:
+    """The events of the protocol's time and users."""
+    # Fibonacci hashing (Knuth, TAOCP 3, 6.4): the upper bits of the product are well mixed.
+    mixed_U = (log.user_ids_U.astype(np.uint64) * _MIX) >> np.uint64(40)
+    kept_U = mixed_U % np.uint64(protocol.one_user_in) == 0
+    inside_N = (log.event_time_ms_N >= protocol.begin_ms) & (log.event_time_ms_N < protocol.end_ms)
+    return rows_of(log, inside_N & kept_U[log.user_N])
+
+
+def judged_labels(log: EventLog, protocol: Protocol) -> LabelGroups:
+    """The sample of labels that every arm is asked about, in the order of time."""
+    groups = label_groups(log)
+    after = groups.select(groups.time_ms_G >= protocol.split_ms)
+    rng = np.random.default_rng(protocol.seed)
+    chosen = rng.permutation(np.unique(after.user_G))[: protocol.test_users]
+    after = after.select(np.isin(after.user_G, chosen))
+    first_rows = []
+    for day_ms in range(protocol.split_ms, protocol.end_ms, DAY_MS):
+        of_day = after.select(_between(after, day_ms, day_ms + DAY_MS))
+        if len(of_day):
+            kept = held_out_groups(
+                log,
+                of_day,
+                split_ms=day_ms - 1,
+                seed=protocol.seed,
+                max_users=protocol.test_users,
+                max_groups_per_user=protocol.labels_per_day,
+            )
+            first_rows.append(kept.first_row_G)
+    kept = after.select(np.isin(after.first_row_G, np.concatenate(first_rows)))
+    return kept.select(np.argsort(kept.time_ms_G, kind="stable"))
+
+
+def _between(groups: LabelGroups, begin_ms: int, end_ms: int) -> Any:  # noqa: ANN401 - a mask
+    return (groups.time_ms_G >= begin_ms) & (groups.time_ms_G < end_ms)
+
+
+@dataclass(frozen=True)
+class Ground:
+    """A sampled log, what is judged on it, and where results are kept."""
+
+    protocol: Protocol
+    log: EventLog
+    labels: LabelGroups
+    contest: Contest
+    folder: Path
+
+    @classmethod
+    def of(cls, log: EventLog, protocol: Protocol, folder: Path) -> Ground:
+        """Draw users and labels."""
+        log = sampled(log, protocol)
+        groups = label_groups(log)
+        labels = judged_labels(log, protocol)
+        known = rows_of(log, log.event_time_ms_N < protocol.split_ms)
+        task = Task(
+            log=log,
+            fitted=known,
+            learn=training_groups(log, groups, split_ms=protocol.split_ms - 1),
+            tune=groups.select(slice(0)),
+            live=labels,
+            frozen=None,
+            split_ms=protocol.split_ms,
+        )
+        contest = Contest.of(
+            task,
+            repeats=True,
+            half_life_ms=protocol.half_life_ms,
+            budget=Budget(),
+            seed=protocol.seed,
+        )
+        return cls(protocol, log, labels, contest, folder / protocol.served)
+
+    def path(self, arm: str, moment_ms: int) -> Path:
+        """Where the places of an arm's interval are kept."""
+        hour = np.datetime64(moment_ms, "ms").astype("datetime64[h]")
+        return self.folder / f"{arm}-{hour}.json"
+
+    def found(self, arm: str, moment_ms: int) -> dict[str, Any] | None:
+        """The result of an interval, if one was made of the same protocol and log."""
+        path = self.path(arm, moment_ms)
+        if not path.is_file():
+            return None
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return result if result["key"] == self.key else None
+
+    @property
+    def key(self) -> str:
+        """Names protocol and log."""
+        return f"{self.protocol.key}-{self.log.num_events}"
+
+    def write(self, arm: str, moment_ms: int, result: dict[str, Any]) -> None:
+        """Keep a result, whole or not at all."""
+        path = self.path(arm, moment_ms)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps({"key": self.key, **result}) + "\n", encoding="utf-8")
+        new.replace(path)
+
+    def interval(self, arm: str, moment_ms: int) -> LabelGroups:
+        """The judged labels that an arm answers with what it trained at a moment."""
+        later = [one for one in self.protocol.moments(arm) if one > moment_ms]
+        end_ms = later[0] if later else self.protocol.end_ms
+        return self.labels.select(_between(self.labels, moment_ms, end_ms))
+
+    def judged(
+        self, entry: Entry, labels: LabelGroups, moment_ms: int, name: str
+    ) -> dict[str, Any]:
+        """Places of the events of some labels, with live state and with that of the moment."""
+        if len(labels) == 0:
+            return {"live": [], "frozen": []}
+        targets = Targets.of(self.contest.source, labels)
+        frozen = labels_at(
+            self.log, self.log.user_ids_U[labels.user_G], np.full(len(labels), moment_ms)
+        )
+        source = self.contest.source
+        live_GK = rank_all(source, labels, entry.rank, name=f"{name}, live")
+        frozen_GK = rank_frozen(source, frozen, entry.rank, name=f"{name}, frozen")
+        return {
+            "live": places(targets, live_GK).tolist(),
+            "frozen": places(targets, frozen_GK).tolist(),
+        }
+
+
+def run_references(ground: Ground) -> None:
+    """Judge what needs no model, its frozen state renewed at the moments of each arm."""
+    for name in REFERENCES:
+        entry = ground.contest.enter(name)
+        for arm in ARMS:
+            for moment_ms in ground.protocol.moments(arm):
+                kept_as = f"{name}-{arm}"
+                if ground.found(kept_as, moment_ms) is None:
+                    labels = ground.interval(arm, moment_ms)
+                    found = ground.judged(entry, labels, moment_ms, kept_as)
+                    ground.write(kept_as, moment_ms, found)
+
+
+def run_arm(ground: Ground, arm: str) -> None:
+    """Train an arm at each of its moments, and judge it until the next."""
+    moments = ground.protocol.moments(arm)
+    missing = [place for place, one in enumerate(moments) if ground.found(arm, one) is None]
+    if not missing:
+        CONSOLE.print(f"{arm}: there already")
+        return
+    states = _States(ground, arm)
+    begin = states.place_to_begin(moments, missing[0])
+    for place in range(begin, len(moments)):
+        trained = states.trained_at(moments, place)
+        _judge_moment(ground, arm, moments[place], trained)
+
+
+def _judge_moment(ground: Ground, arm: str, moment_ms: int, state: WarmState) -> None:
+    entry = entry_of(ground, state, moment_ms)
+    labels = ground.interval(arm, moment_ms)
+    found = ground.judged(entry, labels, moment_ms, f"{arm} {ground.path(arm, moment_ms).stem}")
+    facts = {"items": state.vocabulary.num_items, "weights": entry.weights}
+    ground.write(arm, moment_ms, {**facts, **found})
+    CONSOLE.print(f"{ground.path(arm, moment_ms).stem}: {len(labels)} labels judged, {facts}")
+
+
+class _States:
+    """The newest model of an arm, on disk as well: what a run that was stopped goes on from."""
+
+    def __init__(self, ground: Ground, arm: str) -> None:
+        self.ground = ground
+        self.arm = arm
+        self.folder = ground.folder / "states"
+        self.state = self._kept(arm)
+
+    def place_to_begin(self, moments: list[int], missing: int) -> int:
+        """The moment to go on at: the first without a result, or the very first without a state."""
+        if missing == 0 or self.state is None:
+            return 0
+        known_ms = self.state.split_ms + 1
+        return missing if known_ms in moments[missing - 1 : missing + 1] else 0
+
+    def trained_at(self, moments: list[int], place: int) -> WarmState:
+        """The arm's model as trained at a moment."""
+        moment_ms = moments[place]
+        if place == 0:
+            self.state = self._base()
+        if self.state is None or self.state.split_ms + 1 != moment_ms:
+            assert self.state is not None, "place_to_begin found a state"
+            config = self.ground.protocol.training(self.ground.protocol.seconds(self.arm))
+            self._keep(self.arm, trained_on(self.ground, self.state, config, moment_ms))
+            self.state = self._kept(self.arm)
+        assert self.state is not None
+        return self.state
+
+    def _base(self) -> WarmState:
+        """What all arms begin with; trained once."""
+        kept = self._kept("base")
+        if kept is None:
+            self._keep("base", first_training(self.ground))
+            kept = self._kept("base")
+        assert kept is not None
+        return kept
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}-{self.ground.key}"
+
+    def _keep(self, name: str, trained: Trained) -> None:
+        new = self.folder / "new"
+        new.mkdir(parents=True, exist_ok=True)
+        save_state(trained, new).replace(self._path(name))
+
+    def _kept(self, name: str) -> WarmState | None:
+        path = self._path(name)
+        return read_state(path) if path.is_file() else None
+
+
+def first_training(ground: Ground) -> Trained:
+    """From nothing on all events before the split, then like every later one on the newest.
+
+    The second part makes the first model of the same kind as the later ones: priors count the
+    newest window there, too.
+    """
+    protocol = ground.protocol
+    last_ms = calibration_from_ms(ground, protocol.split_ms) - 1
+    known = rows_of(ground.log, ground.log.event_time_ms_N <= last_ms)
+    base = train(known, protocol.training(protocol.first_s))
+    config = protocol.training(protocol.seconds("daily"))
+    return trained_on(ground, WarmState.of(base), config, protocol.split_ms)
+
+
+def trained_on(ground: Ground, state: WarmState, config: TrainConfig, moment_ms: int) -> Trained:
+    """A training at a moment, on the newest labels before it; it sees nothing else."""
+    until_ms = calibration_from_ms(ground, moment_ms) - 1
+    known = rows_of(ground.log, ground.log.event_time_ms_N <= until_ms)
+    from_ms = moment_ms - ground.protocol.window_ms
+    trained = warm_train(
+        known,
+        state,
+        config,
+        until_ms=until_ms,
+        from_ms=from_ms,
+        half_life_ms=ground.protocol.prior_half_life_ms,
+    )
+    # A state is known by its moment, whatever of it was kept back to weigh sources.
+    return dataclasses.replace(trained, split_ms=moment_ms - 1)
+
+
+def calibration_from_ms(ground: Ground, moment_ms: int) -> int:
+    """From when on labels weigh sources and train nothing; the moment itself without sources."""
+    protocol = ground.protocol
+    if protocol.served == "gems_no_sources":
+        return moment_ms
+    time_ms = ground.contest.task.log.event_time_ms_N
+    window = time_ms[(time_ms >= moment_ms - protocol.window_ms) & (time_ms < moment_ms)]
+    return int(np.quantile(window, 1.0 - protocol.calibration_share))
+
+
+def entry_of(ground: Ground, state: WarmState, moment_ms: int) -> Entry:
+    """A model as it is served from a moment on, with the weights that its sources had then."""
+    contest, vocabulary = ground.contest, state.vocabulary
+    source = gems_source(ground.log, vocabulary, state.config.model)
+    naming = Naming.of(contest.catalogue, vocabulary, repeats=True)
+    scored = gems_ranker(state.model, source, naming)
+    task = dataclasses.replace(contest.task, tune=_tuning(ground, moment_ms))
+    free = {name: contest.enter(name) for name in (*REFERENCES, "own_frequency")}
+    entered = {**free, "gems": Entry(lists_of(scored), scored)}
+    at_moment = dataclasses.replace(contest, task=task, vocabulary=vocabulary, entered=entered)
+    return at_moment.enter(SERVED[ground.protocol.served])
+
+
+def _tuning(ground: Ground, moment_ms: int) -> LabelGroups:
+    """The labels that weigh sources; none without sources."""
+    groups = label_groups(ground.log)
+    begin_ms = calibration_from_ms(ground, moment_ms)
+    window = groups.select(_between(groups, begin_ms, moment_ms))
+    if len(window) == 0:
+        return window
+    return held_out_groups(
+        ground.log,
+        window,
+        split_ms=begin_ms - 1,
+        seed=ground.protocol.seed,
+        max_users=ground.protocol.calibration_users,
+    )
