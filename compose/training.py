@@ -88,7 +88,7 @@ def train_package(settings: Settings, request: TrainRequest) -> TrainResult | No
         events = training_log(settings, config, ranks, resume=request.resume)
         trained = train_model(
             events.log,
-            _train_config(settings, request, config),
+            train_config(settings, request, config),
             _outputs(settings, resume=request.resume),
         )
     if not ranks.is_first:
@@ -122,7 +122,8 @@ def _outputs(settings: Settings, *, resume: bool) -> Outputs:
     )
 
 
-def _train_config(settings: Settings, request: TrainRequest, config: StateConfig) -> TrainConfig:
+def train_config(settings: Settings, request: TrainRequest, config: StateConfig) -> TrainConfig:
+    """Return what to train for a generation's rules, how long and how."""
     return TrainConfig(
         model=GemsConfig(num_recent=config.recent, num_mid=config.mid),
         loop=LoopConfig(

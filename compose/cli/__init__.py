@@ -22,6 +22,7 @@ from compose.cli import (
     repartition,
     skew,
     stack,
+    trainer,
 )
 from compose.errors import ComposeError
 from features.errors import FeatureError
@@ -48,6 +49,7 @@ data.register(app)
 lake.register(app)
 lifelong.register(app)
 models.register(app)
+trainer.register(app)
 answers.register(app)
 operate.register(app)
 repartition.register(app)
