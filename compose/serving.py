@@ -12,7 +12,7 @@ from scoring.client import Recommender
 from scoring.live import REFRESH_S
 from scoring.signature import LIFELONG_MODEL, RECOMMEND_MODEL, RETRIEVAL_MODEL
 from scoring.triton import TritonServer
-from streams.control import read_pointers, write_pointers
+from streams.control import claim_token, read_pointers, write_pointers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,22 +46,38 @@ def has_version(model_folder: Path) -> bool:
     return model_folder.is_dir() and any(p.name.isdecimal() for p in model_folder.iterdir())
 
 
-def flip(settings: Settings, kafka: KafkaConfig, topics: Topics, version: int) -> float:
+def flip(
+    settings: Settings,
+    kafka: KafkaConfig,
+    topics: Topics,
+    version: int,
+    *,
+    token: int | None = None,
+) -> float:
     """Make a ready version the live one; return the seconds until answers carry it.
 
     First the control topic, the record of truth, then Redis, which every answer follows.
 
+    Args:
+        settings: of the installation.
+        kafka: where the control topic is.
+        topics: of the installation.
+        version: of the retrieval model.
+        token: claimed when the work began that ends here; None claims one now.
+
     Raises:
         MemoryVersionError: too many users lack memories of the version that it reads.
+        StaleTokenError: somebody with a later token moved the pointers meanwhile.
         FlipNotSeenError: answers did not carry the version within FLIP_TIMEOUT_S.
     """
+    token = claim_token(kafka, topics, "publish") if token is None else token
     catalogue = CatalogueStore(connect(settings.redis.url))
     recorded = read_pointers(kafka, topics)
     generation = recorded.generation if recorded else settings.generation_number
     memory = memory_of(settings.model_repository, version)
     if memory is not None:
         make_ready(settings, kafka, topics, generation, memory)
-    pointers = Pointers(version, generation, memory.memory_version if memory else None)
+    pointers = Pointers(version, generation, memory.memory_version if memory else None, token)
     started = time.monotonic()
     write_pointers(kafka, topics, pointers)
     catalogue.put_pointers(pointers)

@@ -106,3 +106,21 @@ class NoSuchOrdinalError(FeatureError):
 
 class ReadOnlyViewError(FeatureError):
     """A view owned by the stream worker was written through Feast."""
+
+
+class StaleTokenError(FeatureError):
+    """Somebody claimed a later token and has moved the pointers: they stay as that one left them.
+
+    Attributes:
+        token: of whoever came too late.
+        held: of what holds.
+    """
+
+    def __init__(self, token: int, held: int) -> None:
+        super().__init__(
+            f"the live pointers were written with token {held}, this command holds the older "
+            f"token {token}: what it did is not live. Look at what is with `moveline models`, and "
+            "run the command again if it is still wanted."
+        )
+        self.token = token
+        self.held = held

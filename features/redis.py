@@ -14,7 +14,7 @@ import msgspec
 from features import keys
 from features.catalogue import Item, decode_item, encode_item
 from features.config import StateConfig, config_from_json
-from features.errors import SchemaMismatchError, UnsafeStoreError
+from features.errors import SchemaMismatchError, StaleTokenError, UnsafeStoreError
 from features.redis_client import (
     PIPELINE_MAX,
     TIMEOUT_S_DEFAULT,
@@ -73,11 +73,16 @@ __all__ = [
 
 
 class Pointers(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What is live: the model version that answers, the generation and the memories it reads."""
+    """What is live: the model version that answers, the generation and the memories it reads.
+
+    Attributes:
+        token: of whoever wrote them (streams/control.py); those with the greatest hold.
+    """
 
     model_version: int | None
     generation: int
     memory_version: str | None = None
+    token: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,11 @@ def _script() -> bytes:
 @cache
 def _advance_items() -> bytes:
     return files("features").joinpath("lua/advance_items.lua").read_bytes()
+
+
+@cache
+def _put_pointers() -> bytes:
+    return files("features").joinpath("lua/put_pointers.lua").read_bytes()
 
 
 @cache
@@ -372,7 +382,11 @@ class CatalogueStore:
         return {int(code): text.decode() for code, text in raw.items()}
 
     def put_pointers(self, pointers: Pointers) -> None:
-        """Make a model version and a generation the live ones, at once for every reader."""
+        """Make a model version and a generation the live ones, at once for every reader.
+
+        Raises:
+            StaleTokenError: Redis holds pointers with a greater token.
+        """
         values: list[str | int] = [
             "generation",
             pointers.generation,
@@ -382,7 +396,10 @@ class CatalogueStore:
         if pointers.model_version is not None:
             values += ["model_version", pointers.model_version]
         with mapped_errors("writing pointers"):
-            execute(self.client, "HSET", keys.POINTERS_KEY, *values)
+            args = (pointers.token, *values)
+            held = run_script(self.client, _put_pointers(), [keys.POINTERS_KEY], args)
+        if held >= 0:
+            raise StaleTokenError(pointers.token, held)
 
     def put_items_read(self, partition: int, offset: int) -> None:
         """Remember up to where the items topic is applied."""
@@ -413,6 +430,7 @@ class CatalogueStore:
             None if version is None else int(version),
             int(raw[b"generation"]),
             raw.get(b"memory_version", b"").decode() or None,
+            int(raw.get(b"token", 0)),
         )
 
     def put_trending(self, trending: Trending) -> None:

@@ -16,6 +16,7 @@ from features.schema import schema_hash
 from streams.chain import known_chain
 from streams.control import (
     Promotion,
+    claim_token,
     read_pointers,
     read_promotion,
     write_pointers,
@@ -152,9 +153,11 @@ class Installation:
         Raises:
             GenerationError: it is partial, behind, lacks memories, or the live model cannot read
                 it.
+            StaleTokenError: somebody moved the pointers meanwhile.
         """
-        before = read_pointers(self.kafka, self.topics)
         store = self.store(generation)
+        token = claim_token(self.kafka, self.topics, "promote")
+        before = read_pointers(self.kafka, self.topics)
         self._refuse_partial(generation)
         if model_version is None:
             self._refuse_unread(store, before)
@@ -165,16 +168,16 @@ class Installation:
                 f"(--max-lag): let it catch up first: moveline worker --generation g{generation}"
             )
         if model_version is None and before is not None:
-            after = msgspec.structs.replace(before, generation=generation)
+            after = msgspec.structs.replace(before, generation=generation, token=token)
         else:
-            after = Pointers(model_version, generation, memory_version)
+            after = Pointers(model_version, generation, memory_version, token)
         if after.memory_version is not None:
             self._refuse_uncovered(store, after.memory_version)
         previous = None if before is None else before.generation
         promotion = Promotion(generation, previous, clock())
         if previous != generation:
             write_promotion(self.kafka, self.topics, after, promotion)
-        elif after != before:
+        else:
             write_pointers(self.kafka, self.topics, after)
         CatalogueStore(self.client).put_pointers(after)
         return promotion

@@ -1,21 +1,22 @@
-"""Keeps Redis' pointers and live memory versions equal to the control topic's newest records."""
+"""Keeps Redis' pointers and live memory versions equal to what the control topic says."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-import msgspec
-
+from features.errors import StaleTokenError
 from features.lifelong_store import get_live_memories, put_live_memories
-from features.redis import Pointers
-from streams.control import MEMORIES_KEY, POINTERS_KEY, decode_memories
+from streams.control import MEMORIES_KEY, decode_memories, decode_pointers
 from streams.nearline_metrics import NearlineMetrics
 
 if TYPE_CHECKING:
     from features.lifelong import LiveMemory
-    from features.redis import CatalogueStore
+    from features.redis import CatalogueStore, Pointers
     from streams.log_reader import LogReader
+
+log = logging.getLogger("moveline.nearline")
 
 # Records of the control topic read at once; it is compacted and small.
 _RECORDS_MAX: Final = 1_000
@@ -60,7 +61,13 @@ class PointerFollower:
         """Make Redis name what is live; return whether it had named something else."""
         if self.newest is None or self.newest == self.catalogue.get_pointers():
             return False
-        self.catalogue.put_pointers(self.newest)
+        try:
+            self.catalogue.put_pointers(self.newest)
+        except StaleTokenError as error:
+            # Whoever wrote those has written the topic before: reading on finds them. If not, the
+            # topic has lost records, and which of the two is right is for a person to say.
+            log.warning("Redis' pointers are left as they are: %s", error)
+            return False
         return True
 
     def _put_memories(self) -> bool:
@@ -74,11 +81,17 @@ class PointerFollower:
     def _read_on(self) -> bool:
         """Read what is new; return whether there was anything."""
         low, high = self.reader.bounds(self.topic, 0)
-        start = max(low, self.next_offset if self.next_offset <= high else 0)
+        if self.next_offset > high:
+            # Another topic of that name: what the one before said is no longer said.
+            self.next_offset, self.newest, self.memories = 0, None, None
+        start = max(low, self.next_offset)
         for messages, _ in self.reader.read(self.topic, 0, start, high, records_max=_RECORDS_MAX):
             for message in messages:
-                if message.key() == POINTERS_KEY and message.value():
-                    self.newest = msgspec.json.decode(message.value() or b"", type=Pointers)
+                found = decode_pointers(message.key(), message.value())
+                if found is not None:
+                    # A smaller token is that of somebody who came too late.
+                    if self.newest is None or found.token >= self.newest.token:
+                        self.newest = found
                 elif message.key() == MEMORIES_KEY and message.value():
                     self.memories = decode_memories(message.value() or b"")
         self.next_offset = high

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from features.errors import StoreFullError, StoreUnavailableError
+from features.errors import StaleTokenError, StoreFullError, StoreUnavailableError
 from features.state import PartitionMovedError
 from streams.chain import claimed_chain
 from streams.chunk_cap import WAITING_CHUNKS_DEFAULT, keep_to_cap
@@ -195,7 +195,10 @@ class Worker:
         """Make Redis agree with the control topic: a restored Redis may hold older pointers."""
         pointers = read_pointers(self.kafka, self.topics)
         if pointers is not None and pointers != self.catalogue.get_pointers():
-            self.catalogue.put_pointers(pointers)
+            try:
+                self.catalogue.put_pointers(pointers)
+            except StaleTokenError as error:
+                log.warning("Redis' pointers are left as they are: %s", error)
 
 
 @dataclass
