@@ -180,8 +180,13 @@ def newest_package(models: Path) -> Path:
     return packages[-1]
 
 
-def publish_package(settings: Settings, package: Path) -> Live:
+def publish_package(settings: Settings, package: Path, *, token: int | None = None) -> Live:
     """Return once the package is a version that every answer follows.
+
+    Args:
+        settings: of the installation.
+        package: an exported model.
+        token: claimed when the work began that ends here; None claims one now.
 
     Raises:
         SchemaMismatchError: the package was built for other features than the generation has.
@@ -196,7 +201,7 @@ def publish_package(settings: Settings, package: Path) -> Live:
     catalogue = CatalogueStore(connect(settings.redis.url))
     catalogue.put_trending(read_trending(settings))
     kafka, topics = kafka_of(settings)
-    flip(settings, kafka, topics, published.version)
+    flip(settings, kafka, topics, published.version, token=token)
     return Live(published.version, published.parity, ready_s, time.monotonic() - started)
 
 

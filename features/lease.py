@@ -98,8 +98,8 @@ class Lease:
         """
         if not self.is_held:
             raise LeaseLostError(
-                f"{self._key} was lost: this process stood still for more than {self._lease_s:g} s, "
-                "or Redis was away or emptied. Somebody else may hold it now; try again."
+                f"{self._key} was lost: this process stood still for more than {self._lease_s:g} "
+                "s, or Redis was away or emptied. Somebody else may hold it now; try again."
             )
 
     def release(self) -> None:

@@ -129,7 +129,7 @@ def runs(
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
     config: options.Config = None,
 ) -> None:
-    """List what the trainer did: window, events, speed, figures, verdict and version of each run."""
+    """List what the trainer did: events, speed, figures, verdict and version of each run."""
     from compose.trainer_service.records import runs_of
 
     settings = options.settings_of(config)
@@ -138,7 +138,7 @@ def runs(
         _print_json(found)
         return
     table = Table(
-        "run", "is", "kind", "woken by", title="runs of the trainer", title_justify="left"
+        "run", "is", "kind", "woken by", title=f"the newest {len(found)} runs", title_justify="left"
     )
     for name in ("events", "tokens/s", "loss", "NDCG@10", "served", "version", "seconds"):
         table.add_column(name, justify="right")

@@ -39,7 +39,7 @@ from features.lease import Lease, holder
 from features.redis import connect
 from scoring.errors import ScoringError
 from scoring.signature import RETRIEVAL_MODEL
-from streams.control import claim_token
+from streams.control import claim_token, read_pointers
 from streams.errors import StreamError
 from trainer.errors import GateError, ParityError, PublishError, TrainerError
 from trainer.gates import passages
@@ -99,8 +99,8 @@ def run_once(settings: Settings, *, why: str = "asked", full: bool = False) -> R
     lease = Lease.take(client, TRAINER_LEASE_KEY, owner=owner, lease_s=lease_s)
     if lease is None:
         raise TrainerBusyError(
-            f"the trainer {holder(client, TRAINER_LEASE_KEY) or 'of a moment ago'} is at work. Wait "
-            f"for it (`moveline trainer runs`), or, if it was killed, {lease_s:g} s."
+            f"another trainer ({holder(client, TRAINER_LEASE_KEY) or 'just ended'}) is at work. "
+            f"Wait for it (`moveline trainer runs`), or, if it was killed, {lease_s:g} s."
         )
     with lease:
         return _under_lease(settings, runs, lease, why=why, full=full)
@@ -247,11 +247,16 @@ class _Attempt:
                 raise one.refusal
 
     def _publish(self, made: Draft) -> None:
+        token = self.record.token
+        assert token is not None, "claimed at the beginning of the run"
+        pointers = read_pointers(*kafka_of(self._settings))
+        if pointers is not None and pointers.token > token:
+            raise StaleTokenError(token, pointers.token)
         package = self._settings.models / f"{RETRIEVAL_MODEL}-{made.created_ms}"
         made.folder.rename(package)
         self._note(package=str(package))
         try:
-            live = publish_package(self._settings, package, token=self.record.token)
+            live = publish_package(self._settings, package, token=token)
         except BaseException:
             # Not a package that `moveline publish` would find as the newest.
             package.rename(made.folder)

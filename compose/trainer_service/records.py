@@ -170,7 +170,8 @@ class Runs:
         path = self.path / f"{run}{_ENDING}"
         if path not in self._paths():
             raise RunRecordError(
-                f"no run {run!r} is recorded in {self.path}: list them with `moveline trainer runs`."
+                f"no run {run!r} is recorded in {self.path}: list them with "
+                "`moveline trainer runs`."
             )
         return self._read(path)
 

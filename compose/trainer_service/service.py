@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import signal
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from compose.cli.options import kafka_of
 from compose.errors import ComposeError
@@ -119,11 +119,11 @@ class Service:
             self._record("skipped", action.why, action.says)
         return action
 
-    def _record(self, state: str, why: str, says: str) -> Wait:
+    def _record(self, state: Literal["failed", "skipped"], why: str, says: str) -> Wait:
         at_ms = now_ms()
         record = RunRecord(
             run=run_name(at_ms),
-            state="failed" if state == "failed" else "skipped",
+            state=state,
             why=why,
             started_ms=at_ms,
             ended_ms=at_ms,

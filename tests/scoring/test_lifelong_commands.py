@@ -244,9 +244,7 @@ def test_a_generation_without_memories_is_not_promoted(place: Place) -> None:
 def test_a_model_goes_live_with_its_memories(place: Place, version: int) -> None:
     kafka, topics = place.kafka, place.topics
     flip(place.settings(), kafka, topics, version)
-    assert place.live() == Pointers(
-        version, place.store.generation, place.memory.memory_version
-    )
+    assert place.live() == Pointers(version, place.store.generation, place.memory.memory_version)
     found = coverage(place.memories, list(range(10, 101, 10)), place.memory.memory_version)
     assert found.num_folded == found.num_chunks > 0
 
