@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
@@ -94,7 +95,7 @@ def _files(root: Path, topic: str) -> list[tuple[str, list[LakeFile]]]:
     return found
 
 
-def _inside(file: LakeFile, first: int, last: int) -> lake.pa.Table:
+def _inside(file: LakeFile, first: int, last: int) -> pa.Table:
     table = lake.read_file(file)
     if file.start >= first and file.end <= last:
         return table

@@ -9,7 +9,7 @@ Legend: G labels, E events of the labels, K places of a list.
 
 import statistics
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,7 @@ def passages(judged: Judged, *, quality_margin: float, latency_ms: float) -> Ite
         quality_margin: NDCG@10 by which it may be worse than the served version.
         latency_ms: What a call of the graph may take, see `TIMED_BATCHES`.
     """
-    gates = (
+    gates: tuple[Callable[[], list[Passage]], ...] = (
         lambda: [features_gate(judged)],
         lambda: [finite_gate(judged)],
         lambda: [legal_gate(judged)],

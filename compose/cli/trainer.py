@@ -133,7 +133,7 @@ def runs(
     from compose.trainer_service.records import runs_of
 
     settings = options.settings_of(config)
-    found = runs_of(settings.models).list()[-last:]
+    found = runs_of(settings.models).all()[-last:]
     if as_json:
         _print_json(found)
         return

@@ -27,7 +27,7 @@ def heal(settings: Settings, runs: Runs) -> None:
     A run that died after its version went live is one that published. The checkpoint of the newest
     run stays, to be gone on from.
     """
-    records = runs.list()
+    records = runs.all()
     for record in records:
         if record.state == "running":
             runs.write(_ended(settings, record))

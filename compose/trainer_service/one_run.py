@@ -114,7 +114,7 @@ def _under_lease(
     try:
         heal(settings, runs)
         schedule = Schedule.of(settings.training)
-        action = decide(schedule, Past.of(runs.list()), look(settings), asked=True)
+        action = decide(schedule, Past.of(runs.all()), look(settings), asked=True)
     except _FAILURES as error:
         log.exception("the trainer could not look at what there is to learn")
         return runs.write_again(_ended(record, "failed", str(error)))

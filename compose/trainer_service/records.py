@@ -148,7 +148,7 @@ class Runs:
             )
         return self.write(record)
 
-    def list(self) -> list[RunRecord]:
+    def all(self) -> list[RunRecord]:
         """Return every record, oldest first.
 
         Raises:
@@ -157,7 +157,7 @@ class Runs:
         return [self._read(path) for path in self._paths()]
 
     def newest(self) -> RunRecord | None:
-        """Return the newest record, None before the first; raises as `list` does."""
+        """Return the newest record, None before the first; raises as `all` does."""
         paths = self._paths()
         return self._read(paths[-1]) if paths else None
 

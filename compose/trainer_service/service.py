@@ -86,7 +86,7 @@ class Service:
             return self._record("failed", "time", str(error))
 
     def _decide(self) -> Run | Skip | Wait:
-        past = Past.of(self._runs.list())
+        past = Past.of(self._runs.all())
         self._metrics.failures.set(past.failures)
         if past.failures and now_ms() < past.failed_ms + backoff_ms(past.failures):
             return Wait(past.failed_ms + backoff_ms(past.failures))

@@ -72,9 +72,12 @@ def test_a_holder_that_does_not_say_that_it_lives_loses_it(redis_client: redis.R
     assert lease is not None
     lease._end.set()
     lease._thread.join()
-    until(lambda: take(redis_client, "b") is not None, what="the next holder")
-    assert not lease.is_held
-    with pytest.raises(LeaseLostError):
-        lease.check()
-    lease.release()
-    assert holder(redis_client, KEY) == "b"
+    until(lambda: holder(redis_client, KEY) is None, what="the end of the lease")
+    second = take(redis_client, "b")
+    assert second is not None
+    with second:
+        assert not lease.is_held
+        with pytest.raises(LeaseLostError):
+            lease.check()
+        lease.release()
+        assert holder(redis_client, KEY) == "b"

@@ -24,14 +24,14 @@ def begun(number: int, **fields: object) -> RunRecord:
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     runs = Runs(tmp_path / "runs")
-    assert runs.list() == []
+    assert runs.all() == []
     assert runs.newest() is None
     whole = begun(
         1, gates=[Gate("a", 1.0, 2.0), Gate("b", "x", "y", "says")], window_to={"1:0": 7}, loss=0.5
     )
     for one in (begun(2), whole, begun(10)):
         runs.write(one)
-    assert runs.list() == [whole, begun(2), begun(10)]
+    assert runs.all() == [whole, begun(2), begun(10)]
     assert runs.newest() == begun(10)
     assert runs.find(whole.run) == whole
     ended = msgspec.structs.replace(whole, state="published")
@@ -44,7 +44,7 @@ def test_a_half_written_record_is_not_seen(tmp_path: Path) -> None:
     runs = Runs(tmp_path)
     runs.write(begun(1))
     (tmp_path / f"{begun(2).run}.new").write_bytes(b'{"run"')
-    assert runs.list() == [begun(1)]
+    assert runs.all() == [begun(1)]
 
 
 def test_what_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
@@ -53,26 +53,26 @@ def test_what_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
         runs.find("../runs")
     (tmp_path / "20250101-000000-000.json").write_bytes(b"{}")
     with pytest.raises(RunRecordError, match="20250101-000000-000"):
-        runs.list()
+        runs.all()
 
 
 def test_the_same_reason_again_takes_no_room(tmp_path: Path) -> None:
     runs = Runs(tmp_path)
     for number in range(5):
         runs.write_again(begun(number, state="skipped", says="lag", ended_ms=NOW_MS + number))
-    assert [(one.times, one.started_ms, one.ended_ms) for one in runs.list()] == [
+    assert [(one.times, one.started_ms, one.ended_ms) for one in runs.all()] == [
         (5, NOW_MS, NOW_MS + 4)
     ]
     runs.write_again(begun(6, state="skipped", says="few"))
     runs.write_again(begun(7, state="skipped", says="lag"))
-    assert [(one.says, one.times) for one in runs.list()] == [("lag", 5), ("few", 1), ("lag", 1)]
+    assert [(one.says, one.times) for one in runs.all()] == [("lag", 5), ("few", 1), ("lag", 1)]
 
 
 def test_a_run_that_failed_is_never_written_over(tmp_path: Path) -> None:
     runs = Runs(tmp_path)
     runs.write(begun(1, state="failed", says="x", kind="full"))
     runs.write_again(begun(2, state="failed", says="x"))
-    assert len(runs.list()) == 2
+    assert len(runs.all()) == 2
 
 
 def test_old_runs_leave_with_their_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,5 +83,5 @@ def test_old_runs_leave_with_their_folders(tmp_path: Path, monkeypatch: pytest.M
         (runs.folder(begun(number).run) / "checkpoint").mkdir(parents=True)
     runs.remove_old()
     kept = [begun(2), begun(3)]
-    assert runs.list() == kept
+    assert runs.all() == kept
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {one.run for one in kept}
