@@ -29,6 +29,7 @@ from trainer.publish import publish
 from trainer.ranks import joined
 from trainer.train import TrainConfig
 from trainer.train import train as train_model
+from trainer.warm_start import load_state, warm_train
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,13 +47,14 @@ class NoPackageError(ComposeError):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest:
-    """What `moveline train` was asked for."""
+    """What `moveline train` was asked for; `warm` is a package to go on from."""
 
     budget_s: float
     epochs: float
     seed: int = 1
     num_threads: int = 2
     resume: bool = False
+    warm: Path | None = None
     out: Path | None = None
 
 
@@ -86,11 +88,11 @@ def train_package(settings: Settings, request: TrainRequest) -> TrainResult | No
     config = stores_of(settings)[0].config
     with joined(settings.training.device) as ranks:
         events = training_log(settings, config, ranks, resume=request.resume)
-        trained = train_model(
-            events.log,
-            train_config(settings, request, config),
-            _outputs(settings, resume=request.resume),
-        )
+        how = train_config(settings, request, config), _outputs(settings, resume=request.resume)
+        if request.warm is None:
+            trained = train_model(events.log, *how)
+        else:
+            trained = warm_train(events.log, load_state(request.warm), *how)
     if not ranks.is_first:
         return None
     ranker = model_ranker(trained.model, trained.source)

@@ -25,6 +25,10 @@ class BudgetError(TrainerError, ValueError):
     """The time budget was over before the first step of training."""
 
 
+class WarmStartError(TrainerError, ValueError):
+    """A training cannot go on from the model that was named."""
+
+
 class ExportError(TrainerError):
     """The exported package is not what the manifest promises."""
 

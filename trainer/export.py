@@ -30,6 +30,7 @@ from trainer.models.serving import (
     output_signature,
 )
 from trainer.train import Trained
+from trainer.training_state import save_state
 
 MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.pt2"
@@ -100,6 +101,9 @@ def export(trained: Trained, staging: Path, provenance: Provenance) -> dict[str,
         files.append(COMPRESSOR_FILE)
         manifest["memory_version"] = memory_version(trained.model.compressor)
     manifest["files"] = {name: sha256_of(staging / name) for name in files}
+    # Apart from `files`: what is published leaves it behind.
+    state = save_state(trained, staging)
+    manifest["training_files"] = {state.name: sha256_of(state)}
     (staging / MANIFEST_FILE).write_bytes(manifest_bytes(manifest))
     return manifest
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.dataset import EventLog
+from trainer.dataset import EventLog, Int64s
 from trainer.vocabulary import Vocabulary
 
 # Directions kept of the co-occurrence spectrum.
@@ -83,12 +83,25 @@ def _sign_fixed(vectors_VD: Tensor) -> Tensor:
     return vectors_VD * vectors_VD.gather(0, largest).sign()
 
 
+def domains_of(log: EventLog, vocabulary: Vocabulary, *, until_ms: int | None = None) -> Int64s:
+    """Dense domain [V] of the last row of each item, UNKNOWN for items without one.
+
+    Only events up to `until_ms` are looked at, all if it is left out.
+    """
+    seen = slice(None) if until_ms is None else log.event_time_ms_N <= until_ms
+    item = vocabulary.index_items(log.item_id_N[seen])
+    domain_I = np.zeros(vocabulary.num_items + 1, np.int64)
+    domain_I[item] = vocabulary.index_domains(log.domain_N[seen])
+    return domain_I[1:]
+
+
 def with_domains(vectors_VD: Tensor, log: EventLog, vocabulary: Vocabulary) -> Tensor:
     """Append a one-hot of an item's domain, so that codes respect it."""
-    item = vocabulary.index_items(log.item_id_N)
-    domain_I = np.zeros(vocabulary.num_items + 1, np.int64)
-    domain_I[item] = vocabulary.index_domains(log.domain_N)
-    one_hot = torch.nn.functional.one_hot(
-        torch.from_numpy(domain_I[1:]), len(vocabulary.domain_ids) + 1
-    )
+    domain_V = domains_of(log, vocabulary)
+    return beside_domains(vectors_VD, domain_V, num_domains=len(vocabulary.domain_ids))
+
+
+def beside_domains(vectors_VD: Tensor, domain_V: Int64s, *, num_domains: int) -> Tensor:
+    """The same from dense domains."""
+    one_hot = torch.nn.functional.one_hot(torch.from_numpy(domain_V), num_domains + 1)
     return torch.cat((vectors_VD, DOMAIN_WEIGHT * one_hot.float()), dim=1)

@@ -9,7 +9,7 @@ weights, optimiser and the number of steps done, and ends in the same weights bi
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
@@ -33,7 +33,8 @@ MAX_GRADIENT_NORM = 1.0
 LATE = 0.9
 # Kinds of randomness, mixed into the seed so that they do not repeat each other.
 _ORDER, _DRAWS, _DROPOUT = range(3)
-_CLOCKS = {"wall": time.monotonic, "processor": time.process_time}
+# What `budget_s` counts.
+CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.monotonic, "processor": time.process_time}
 
 EndedBy = Literal["epochs", "budget", "patience"]
 BatchT = TypeVar("BatchT")
@@ -278,7 +279,7 @@ def _train(
     judge: Callable[[], float] | None,
     outputs: Outputs,
 ) -> Fitted:
-    clock = _CLOCKS[run.config.budget_clock]
+    clock = CLOCKS[run.config.budget_clock]
     started = clock() - position.seconds
     entered, order = 0, run.order(position.step // run.batches_per_epoch)
     ended_by: EndedBy = "epochs"

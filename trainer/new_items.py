@@ -1,32 +1,29 @@
-"""Items that came after the training get a place in the model, without training it again.
+"""Items that came after a training get a place in the model, without training it from the start.
 
 Until a model was extended, a new item comes into answers through what is trending alone.
 
 Legend: V items of the vocabulary, N new items, E width of an item vector.
 """
 
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+import copy
+from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.batches import BatchSource
-from trainer.dataset import EventLog, Int64s, label_groups
-from trainer.errors import ExportError
-from trainer.export import COMPRESSOR_FILE, ITEM_IDS_FILE, MODEL_FILE, verify
-from trainer.item_vectors import with_domains
-from trainer.models.config import GemsConfig
+from trainer.dataset import Bools, EventLog, Int64s
+from trainer.item_vectors import beside_domains, domains_of
 from trainer.models.gems import Gems
-from trainer.models.indexer import IndexerConfig
 from trainer.models.lifelong import Compressor
-from trainer.models.trie import SMOOTHING
+from trainer.models.trie import ItemTrie
 from trainer.semantic_ids import SemanticIds, extend_semantic_ids
-from trainer.train import Trained
-from trainer.vocabulary import Vocabulary, item_counts
+from trainer.training_state import WarmState
+from trainer.vocabulary import UNKNOWN, Vocabulary
+
+Float32s = NDArray[np.float32]
 
 # Readers of a new item that its vector is made from, the first ones: the id of an item must not
 # wait for many, and what the hundredth adds is small.
@@ -37,51 +34,70 @@ MIN_FIRST_READERS = 3
 MAX_TOUCHED_BEFORE = 20
 
 
-def extended(trained: Trained, log: EventLog, *, until_ms: int) -> Trained:
-    """A model that also knows the items of the log up to a time; no old item has a new id.
+def extended(
+    state: WarmState, log: EventLog, *, until_ms: int, from_ms: int | None = None
+) -> WarmState:
+    """A copy of the model that also knows the items of the log up to a time.
 
-    Every weight stays, the compressor's with its tables too, so that memories stay valid. New
-    items get their vector from their first readers or their domain, their id from that vector, and
-    their prior from the events they have.
+    No old item gets a new id, and every weight stays, the compressor's with its tables too, so that
+    memories stay valid; it is frozen. New items get their vector from their first readers or their
+    domain, and their id from that vector. The priors of all items start again from the events
+    between `from_ms` and `until_ms`: what training added to the old ones is kept.
+
+    Raises:
+        VocabularyError: There are more items than semantic ids.
     """
-    new_ids = np.setdiff1d(log.item_id_N[log.event_time_ms_N <= until_ms], _ids(trained))
-    if len(new_ids) == 0:
-        return trained
-    old, model = trained.vocabulary, trained.model
+    old, model = state.vocabulary, state.model
+    seen_N = log.event_time_ms_N <= until_ms
+    new_ids = np.setdiff1d(log.item_id_N[seen_N], old.item_ids_V)
     vocabulary = Vocabulary(np.union1d(old.item_ids_V, new_ids), old.domain_ids)
+    order = np.argsort(np.concatenate((old.item_ids_V, new_ids)), kind="stable")
     vectors_VE = model.item.weight.detach()[1:]
     new_vectors_NE = new_item_vectors(log, old, vectors_VE, new_ids, until_ms=until_ms)
-    placed = extend_semantic_ids(
-        SemanticIds(model.trie.codes_I3[1:], model.trie.sizes),
-        with_domains(vectors_VE, trained.source.log, old),
-        with_domains(new_vectors_NE, log, Vocabulary(new_ids, old.domain_ids)),
+    new_place = vocabulary.index_items(new_ids) - 1
+    domain_V = np.concatenate(
+        (state.domain_V, domains_of(log, vocabulary, until_ms=until_ms)[new_place])
     )
-    order = torch.from_numpy(np.argsort(np.concatenate((old.item_ids_V, new_ids)), kind="stable"))
-    counts_V = torch.from_numpy(item_counts(log, vocabulary, until_ms=until_ms))
+    semantic_ids = _placed(model.trie, vectors_VE, new_vectors_NE, domain_V, old)
+    counted_N = seen_N if from_ms is None else seen_N & (log.event_time_ms_N >= from_ms)
+    count_V = _counts(log, vocabulary, counted_N)
     larger = Gems(
         model.config,
-        SemanticIds(placed.codes_V3[order], placed.sizes),
+        SemanticIds(semantic_ids.codes_V3[torch.from_numpy(order)], semantic_ids.sizes),
         num_domains=len(old.domain_ids),
-        item_vectors_VE=torch.cat((vectors_VE, new_vectors_NE))[order],
-        item_counts_V=counts_V,
-        compressor=model.compressor,
+        item_vectors_VE=torch.cat((vectors_VE, new_vectors_NE))[torch.from_numpy(order)],
+        item_counts_V=torch.from_numpy(count_V),
+        compressor=_frozen(model),
     )
     _take_weights(larger, model)
-    _set_priors(larger, order >= len(vectors_VE), counts_V)
-    source = BatchSource.of(
-        log,
-        vocabulary,
-        num_recent=model.config.num_recent,
-        num_mid=model.config.num_mid,
-        num_older=model.config.num_older_read,
-    )
+    old_count_V = np.concatenate((state.count_V, np.zeros_like(new_ids)))[order]
+    _renew_priors(larger, old_count_V, count_V)
     return replace(
-        trained,
+        state,
         model=larger.eval(),
         vocabulary=vocabulary,
-        source=source,
-        groups=label_groups(log),
+        count_V=count_V,
+        domain_V=domain_V[order],
+        split_ms=until_ms,
     )
+
+
+def _placed(
+    trie: ItemTrie, vectors_VE: Tensor, new_vectors_NE: Tensor, domain_V: Int64s, old: Vocabulary
+) -> SemanticIds:
+    """The ids of the old items as they were, then those of the new ones."""
+    num_old, num_domains = old.num_items, len(old.domain_ids)
+    return extend_semantic_ids(
+        SemanticIds(trie.codes_I3[1:], trie.sizes),
+        beside_domains(vectors_VE, domain_V[:num_old], num_domains=num_domains),
+        beside_domains(new_vectors_NE, domain_V[num_old:], num_domains=num_domains),
+    )
+
+
+def _counts(log: EventLog, vocabulary: Vocabulary, counted_N: Bools) -> Int64s:
+    """Events of each item among the marked ones [V]."""
+    item = vocabulary.index_items(log.item_id_N[counted_N])
+    return np.bincount(item, minlength=vocabulary.num_items + 1)[1:].astype(np.int64)
 
 
 def new_item_vectors(
@@ -95,21 +111,33 @@ def new_item_vectors(
     item_N, seen_N = vocabulary.index_items(log.item_id_N), log.event_time_ms_N <= until_ms
     table_IE = functional.pad(vectors_VE, (0, 0, 1, 0)).numpy()
     by_time = np.argsort(log.event_time_ms_N, kind="stable")
-    by_time = by_time[seen_N[by_time] & (item_N[by_time] == 0)]
+    by_time = by_time[seen_N[by_time] & (item_N[by_time] == UNKNOWN)]
     by_item = by_time[np.argsort(log.item_id_N[by_time], kind="stable")]
     begins = np.searchsorted(log.item_id_N[by_item], new_ids_N)
     ends = np.searchsorted(log.item_id_N[by_item], new_ids_N, side="right")
+    of_domain = _domain_means(log.domain_N[seen_N], item_N[seen_N], table_IE)
+    of_all_E = table_IE[1:].mean(axis=0)
     vectors = np.zeros((len(new_ids_N), table_IE.shape[1]), np.float32)
     for number, (begin, end) in enumerate(zip(begins, ends, strict=True)):
         rows = by_item[begin:end]
         readers, first = np.unique(log.user_N[rows], return_index=True)
         first_rows = rows[np.sort(first)][:MAX_FIRST_READERS]
         touched = item_N[_rows_before(log, first_rows)]
-        if len(readers) < MIN_FIRST_READERS or not touched.any():
-            touched = item_N[(log.domain_N == log.domain_N[rows[-1]]) & seen_N]
-        touched = touched if touched.any() else np.arange(1, len(table_IE))
-        vectors[number] = table_IE[touched[touched > 0]].mean(axis=0)
+        touched = touched[touched != UNKNOWN]
+        if len(readers) < MIN_FIRST_READERS or len(touched) == 0:
+            vectors[number] = of_domain.get(int(log.domain_N[rows[-1]]), of_all_E)
+        else:
+            vectors[number] = table_IE[touched].mean(axis=0)
     return functional.normalize(torch.from_numpy(vectors), dim=1)
+
+
+def _domain_means(domain_N: Int64s, item_N: Int64s, table_IE: Float32s) -> dict[int, Float32s]:
+    """Mean vector of the known items met in each domain, an item as often as it was met."""
+    known_N = item_N != UNKNOWN
+    return {
+        int(domain): table_IE[item_N[known_N & (domain_N == domain)]].mean(axis=0)
+        for domain in np.unique(domain_N[known_N])
+    }
 
 
 def _rows_before(log: EventLog, rows: Int64s) -> Int64s:
@@ -118,8 +146,11 @@ def _rows_before(log: EventLog, rows: Int64s) -> Int64s:
     return before[before >= log.offsets[log.user_N[rows]][:, None]]
 
 
-def _ids(trained: Trained) -> Int64s:
-    return trained.vocabulary.item_ids_V
+def _frozen(model: Gems) -> Compressor | None:
+    """The compressor for good: memories were made with it."""
+    if model.compressor is None:
+        return None
+    return copy.deepcopy(model.compressor).requires_grad_(requires_grad=False)
 
 
 def _take_weights(larger: Gems, model: Gems) -> None:
@@ -134,62 +165,12 @@ def _take_weights(larger: Gems, model: Gems) -> None:
     assert all(name == "item.weight" or name.startswith("trie.") for name in missing), missing
 
 
-def _set_priors(model: Gems, is_new_V: Tensor, counts_V: Tensor) -> None:
-    """Start the leaves of new items at the log of their events, as old ones once were."""
+def _renew_priors(model: Gems, old_count_V: Int64s, count_V: Int64s) -> None:
+    """Replace the counts that the priors of every node of the tree started from."""
     if model.config.prior == "off":
         return
-    first, second, third = model.trie.codes_I3[1:][is_new_V].unbind(dim=1)
-    prior = (counts_V[is_new_V].float() + SMOOTHING).log()
+    befores = model.trie.log_counts(torch.from_numpy(old_count_V))
+    afters = model.trie.log_counts(torch.from_numpy(count_V))
     with torch.no_grad():
-        model.biases[2][first * model.trie.sizes[1] + second, third] = prior
-
-
-@dataclass(frozen=True, slots=True)
-class Restored:
-    """The weights of a package as a model that can be trained on, extended or exported."""
-
-    model: Gems
-    vocabulary_item_ids_V: Int64s
-    manifest: dict[str, Any]
-
-
-def restored(directory: Path) -> Restored:
-    """Read the model and the compressor back out of a package.
-
-    Raises:
-        ExportError: A file is missing, differs from its hash, or is of a model without compressor.
-    """
-    manifest = verify(directory)
-    if manifest["memory_version"] is None:
-        msg = f"{directory} has no {COMPRESSOR_FILE}: its model reads no lifelong stream"
-        raise ExportError(msg)
-    state = torch.export.load(directory / MODEL_FILE).state_dict
-    weights = {
-        name.removeprefix("model."): tensor
-        for name, tensor in state.items()
-        if name.startswith("model.")
-    }
-    settings = manifest["config"]["model"]
-    config = GemsConfig(
-        **{
-            **settings,
-            "streams": tuple(settings["streams"]),
-            "indexer": IndexerConfig(**settings["indexer"]),
-        }
-    )
-    sizes = tuple(manifest["config"]["code_sizes"])
-    vectors = weights["item.weight"][1:]
-    folds = torch.export.load(directory / COMPRESSOR_FILE).state_dict
-    model = Gems(
-        config,
-        SemanticIds(weights["trie.codes_I3"][1:], sizes),
-        num_domains=manifest["num_domains"],
-        item_vectors_VE=vectors,
-        item_counts_V=torch.zeros(len(vectors)),
-        compressor=Compressor.restored(folds).requires_grad_(requires_grad=False),
-    )
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    assert not unexpected, unexpected
-    assert all(name.startswith(("compressor.", "reconstruction.")) for name in missing), missing
-    ids = np.fromfile(directory / ITEM_IDS_FILE, "<i8")
-    return Restored(model.eval(), ids, manifest)
+        for bias, before, after in zip(model.biases, befores, afters, strict=True):
+            bias.add_(after - before)

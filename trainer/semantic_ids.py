@@ -92,7 +92,8 @@ def extend_semantic_ids(
     if len(vectors) > places:
         msg = (
             f"{len(new_vectors_ND)} new items beside {num_old} do not fit the {places} semantic "
-            f"ids of {sizes}; train with larger code_sizes"
+            f"ids of {sizes}; train from the start, which drops items that are gone, or with "
+            "larger code_sizes"
         )
         raise VocabularyError(msg)
     residual, cell = vectors, torch.zeros(len(vectors), dtype=torch.int64)

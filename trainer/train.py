@@ -1,7 +1,6 @@
 """Trains a GEMs retrieval model on an event log; how is in trainer/loop.py."""
 
 import hashlib
-import time
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -12,6 +11,7 @@ from trainer.batches import NUM_TARGETS, PADDING, Batch, BatchSource, LabelExamp
 from trainer.dataset import (
     TRAIN_QUANTILE,
     EventLog,
+    Int64s,
     LabelGroups,
     label_groups,
     newest,
@@ -19,8 +19,18 @@ from trainer.dataset import (
     training_groups,
 )
 from trainer.errors import BudgetError
-from trainer.item_vectors import co_occurrence_vectors, with_domains
-from trainer.loop import NO_OUTPUTS, Fitted, Learner, LoopConfig, Outputs, Stage, fit, prepare_torch
+from trainer.item_vectors import co_occurrence_vectors, domains_of, with_domains
+from trainer.loop import (
+    CLOCKS,
+    NO_OUTPUTS,
+    Fitted,
+    Learner,
+    LoopConfig,
+    Outputs,
+    Stage,
+    fit,
+    prepare_torch,
+)
 from trainer.models.config import GemsConfig
 from trainer.models.gems import Gems
 from trainer.models.indexer import DISTIL, FULL, TOP_K
@@ -52,7 +62,12 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A model, and what its evaluation and export need to know of its training."""
+    """A model, and what its evaluation and export need to know of its training.
+
+    Attributes:
+        count_V: Events of each item that the priors started from.
+        domain_V: Dense domain of each item that its semantic id was made with.
+    """
 
     model: Gems
     config: TrainConfig
@@ -61,6 +76,8 @@ class Trained:
     groups: LabelGroups
     split_ms: int
     fitted: Fitted
+    count_V: Int64s
+    domain_V: Int64s
 
 
 class GemsLearner(Learner[Batch]):
@@ -108,34 +125,25 @@ def train(
         DeviceError: There is no such device.
         CheckpointError: The checkpoint belongs to another run, or is damaged.
     """
-    started = time.monotonic()
+    clock = CLOCKS[config.loop.budget_clock]
+    started = clock()
     prepare_torch(config.loop)
     groups = label_groups(log)
     split_ms = split_time_ms(log, quantile=config.train_quantile)
     learnable = newest(training_groups(log, groups, split_ms=split_ms), share=config.label_share)
     vocabulary = Vocabulary.of(log, split_ms=split_ms)
-    source = BatchSource.of(
-        log,
-        vocabulary,
-        num_recent=config.model.num_recent,
-        num_mid=config.model.num_mid,
-        num_older=config.model.num_older_read,
-    )
+    source = gems_source(log, vocabulary, config.model)
     model = new_model(log, vocabulary, config, tables_ms=split_ms, compressor=compressor)
     fitted = fit(
         GemsLearner(model),
         LabelExamples(source, learnable, config.num_targets),
         config.loop,
         name="gems",
-        outputs=replace(outputs, data_key=_data_key(log, config)),
+        outputs=replace(outputs, data_key=data_key(log, config)),
         stages=training_stages(model),
-        spent_s=time.monotonic() - started,
+        spent_s=clock() - started,
     )
-    if not fitted.losses:
-        raise BudgetError(
-            f"{fitted.seconds:.1f} s went by before the first step, but budget_s is "
-            f"{config.loop.budget_s}; train again with a larger budget"
-        )
+    refuse_no_step(fitted, config.loop)
     return Trained(
         model=model,
         config=config,
@@ -144,7 +152,33 @@ def train(
         groups=groups,
         split_ms=split_ms,
         fitted=fitted,
+        count_V=item_counts(log, vocabulary, until_ms=split_ms),
+        domain_V=domains_of(log, vocabulary),
     )
+
+
+def gems_source(log: EventLog, vocabulary: Vocabulary, config: GemsConfig) -> BatchSource:
+    """Batches of what a model of this configuration reads."""
+    return BatchSource.of(
+        log,
+        vocabulary,
+        num_recent=config.num_recent,
+        num_mid=config.num_mid,
+        num_older=config.num_older_read,
+    )
+
+
+def refuse_no_step(fitted: Fitted, loop: LoopConfig) -> None:
+    """Return if anything was learned.
+
+    Raises:
+        BudgetError: The budget was spent on getting ready.
+    """
+    if not fitted.losses:
+        raise BudgetError(
+            f"{fitted.seconds:.1f} s went by before the first step, but budget_s is "
+            f"{loop.budget_s}; train again with a larger budget"
+        )
 
 
 def training_stages(model: Gems) -> list[Stage]:
@@ -196,7 +230,7 @@ def new_model(
     )
 
 
-def _data_key(log: EventLog, config: TrainConfig) -> str:
+def data_key(log: EventLog, config: TrainConfig) -> str:
     """Hex digits that change with the events and with what the model is made of."""
     digest = hashlib.blake2b(digest_size=16)
     for column in (log.user_N, log.item_id_N, log.event_time_ms_N, log.ordinal_N):

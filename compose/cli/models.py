@@ -55,9 +55,19 @@ def train(
         typer.Option(help="Folder of TensorBoard's event files [MOVELINE_TRAINING__TENSORBOARD]."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the package to write.")] = None,
+    warm: Annotated[
+        str | None,
+        typer.Option(
+            "--warm",
+            metavar="PACKAGE|published",
+            help="Go on from this package, or from that of the version which is live.",
+        ),
+    ] = None,
     lake: options.Lake = None,
     generation: options.Generation = None,
+    kafka: options.Kafka = None,
     redis: options.Redis = None,
+    repository: options.Repository = None,
     config: options.Config = None,
 ) -> None:
     """Train a GEMs retrieval model on the lake, judge it on the held-out window, export it.
@@ -65,16 +75,22 @@ def train(
     The last 15% of the time span is held out. The package holds weights, ids and a manifest, and
     no pickle. `moveline publish` puts it into Triton.
 
+    With --warm the weights of an earlier training learn on: items keep their ids, new ones join,
+    and users' lifelong memories stay valid. Without, everything is learned from the start.
+
     A run that was killed goes on with the same command and --resume, and ends in the same weights.
     Several processes or GPUs: `torchrun --nproc-per-node 2 -m compose.cli train ...`.
     """
     from compose.training import TrainRequest, train_package
+    from compose.warm_base import warm_base
 
     settings = options.settings_of(
         config,
         lake=lake,
         generation=generation,
+        kafka=kafka,
         redis=redis,
+        repository=repository,
         training={
             "device": device,
             "precision": precision,
@@ -85,7 +101,13 @@ def train(
     result = train_package(
         settings,
         TrainRequest(
-            budget_s=budget, epochs=epochs, seed=seed, num_threads=threads, resume=resume, out=out
+            budget_s=budget,
+            epochs=epochs,
+            seed=seed,
+            num_threads=threads,
+            resume=resume,
+            warm=None if warm is None else warm_base(settings, warm),
+            out=out,
         ),
     )
     if result is None:

@@ -1,34 +1,21 @@
 """New items join without retraining: no old id moves, and what can be answered is legal."""
 
-import dataclasses
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.trainer.conftest import made_up_columns
+from tests.trainer.conftest import DAY_MS
+from tests.trainer.newer import END_MS, NEWER_FROM_MS, newer_log
 from trainer.dataset import EventLog
 from trainer.errors import VocabularyError
-from trainer.export import Provenance, export
-from trainer.models.beam import generate
 from trainer.models.lifelong import memory_version
-from trainer.new_items import extended, new_item_vectors, restored
+from trainer.new_items import extended, new_item_vectors
 from trainer.semantic_ids import extend_semantic_ids, learn_semantic_ids
 from trainer.train import Trained
+from trainer.training_state import WarmState
 from trainer.vocabulary import Vocabulary
-
-DAY_MS = 86_400_000
-PROVENANCE = Provenance(
-    name="gems",
-    created_ms=1,
-    window_from={},
-    window_to={},
-    feature_schema_hash="0" * 16,
-    metrics={},
-)
 
 
 @given(
@@ -100,62 +87,43 @@ def test_vectors_come_from_first_readers_else_from_the_domain() -> None:
     assert early[0].tolist() == [0, 0, 1]
 
 
-@pytest.fixture(scope="module")
-def newer_log() -> EventLog:
-    """The log of the trained model, and then two months in which half of all events are new."""
-    columns = made_up_columns(seed=3)
-    later = made_up_columns(seed=4, num_baskets=10)
-    later["event_time_ms"] = later["event_time_ms"] + 120 * DAY_MS
-    later["ordinal"] = later["ordinal"] + 1000
-    is_new = np.random.default_rng(1).random(len(later["item_id"])) < 0.5
-    later["item_id"] = np.where(is_new, 10_001 + later["item_id"] % 20 * 3, later["item_id"])
-    return EventLog.from_columns(
-        {name: np.concatenate((columns[name], later[name])) for name in columns}
-    )
-
-
-def test_an_extended_model_knows_both_and_keeps_old_ids(
-    trained: Trained, newer_log: EventLog
-) -> None:
-    larger = extended(trained, newer_log, until_ms=10**15)
+def test_an_extended_model_knows_both_and_keeps_old_ids(trained: Trained) -> None:
+    larger = extended(WarmState.of(trained), newer_log(), until_ms=END_MS)
     new_ids = np.setdiff1d(larger.vocabulary.item_ids_V, trained.vocabulary.item_ids_V)
     assert len(new_ids) > 10
-    place = larger.vocabulary.index_items(trained.vocabulary.item_ids_V)
-    assert torch.equal(
-        larger.model.trie.codes_I3[torch.from_numpy(place)], trained.model.trie.codes_I3[1:]
-    )
-    assert torch.equal(
-        larger.model.item.weight[torch.from_numpy(place)], trained.model.item.weight[1:]
-    )
+    place = torch.from_numpy(larger.vocabulary.index_items(trained.vocabulary.item_ids_V))
+    old = trained.model
+    assert torch.equal(larger.model.trie.codes_I3[place], old.trie.codes_I3[1:])
+    assert torch.equal(larger.model.item.weight[place], old.item.weight[1:])
+    assert (larger.domain_V[place.numpy() - 1] == trained.domain_V).all()
     assert larger.model.compressor is not None
-    assert trained.model.compressor is not None
-    assert memory_version(larger.model.compressor) == memory_version(trained.model.compressor)
-    groups = larger.groups.select(np.arange(len(larger.groups) - 32, len(larger.groups)))
-    recent, mid = larger.source.streams(groups)
-    allowed = torch.ones(len(groups), larger.vocabulary.num_items + 1, dtype=torch.bool)
-    with torch.no_grad():
-        reading = larger.model.read(larger.model.history(recent, mid, larger.source.older(groups)))
-        item, _ = generate(larger.model, reading, allowed, k_max=10)
-    answered = larger.vocabulary.item_ids_V[item[item > 0].numpy() - 1]
-    assert np.isin(answered, new_ids).any()
+    assert old.compressor is not None
+    assert memory_version(larger.model.compressor) == memory_version(old.compressor)
 
 
-def test_nothing_new_changes_nothing(trained: Trained, log: EventLog) -> None:
-    assert extended(trained, log, until_ms=trained.split_ms) is trained
-
-
-def test_a_package_can_be_read_back_and_extended(
-    trained: Trained, newer_log: EventLog, tmp_path: Path
+def test_priors_start_from_the_counts_of_the_window_and_keep_what_was_learned(
+    trained: Trained,
 ) -> None:
-    manifest = export(trained, tmp_path / "1", PROVENANCE)
-    back = restored(tmp_path / "1")
-    assert back.vocabulary_item_ids_V.tolist() == trained.vocabulary.item_ids_V.tolist()
-    groups = trained.groups.select(np.arange(100, 108))
-    batch = trained.source.batch(groups, num_targets=3, rng=np.random.default_rng(1))
-    with torch.no_grad():
-        wanted = trained.model.log_likelihood(batch)
-        torch.testing.assert_close(back.model.log_likelihood(batch), wanted)
-    larger = extended(dataclasses.replace(trained, model=back.model), newer_log, until_ms=10**15)
-    again = export(larger, tmp_path / "2", PROVENANCE)
-    assert again["memory_version"] == manifest["memory_version"]
-    assert again["num_items"] > manifest["num_items"]
+    log, old = newer_log(), trained.model
+    larger = extended(WarmState.of(trained), log, until_ms=END_MS, from_ms=NEWER_FROM_MS)
+    counted = log.item_id_N[log.event_time_ms_N >= NEWER_FROM_MS]
+    new_item = np.setdiff1d(counted, trained.vocabulary.item_ids_V)[:1]
+    for item in (trained.vocabulary.item_ids_V[:1], new_item):
+        place = int(larger.vocabulary.index_items(item)[0])
+        first, second, third = larger.model.trie.codes_I3[place].tolist()
+        leaf = first * 4 + second, third
+        old_place = int(trained.vocabulary.index_items(item)[0])
+        old_count = int(trained.count_V[old_place - 1]) if old_place else 0
+        learned = old.biases[2].detach()[leaf].item() - np.log(old_count + 0.5)
+        wanted = np.log((counted == item).sum() + 0.5) + learned
+        assert larger.model.biases[2].detach()[leaf].item() == pytest.approx(wanted, abs=1e-5)
+
+
+def test_without_anything_new_the_model_stays_what_it_is(trained: Trained, log: EventLog) -> None:
+    state = WarmState.of(trained)
+    same = extended(state, log, until_ms=trained.split_ms)
+    assert same.vocabulary.item_ids_V.tolist() == state.vocabulary.item_ids_V.tolist()
+    for (name, before), after in zip(
+        trained.model.state_dict().items(), same.model.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(after, before, msg=name)

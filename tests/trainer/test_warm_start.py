@@ -1,0 +1,219 @@
+"""A training that goes on: what stays, what joins, and that it does no harm."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.trainer.conftest import small_model, small_training
+from tests.trainer.newer import END_MS, NEWER_FROM_MS, newer_log
+from trainer.dataset import EventLog
+from trainer.errors import EmptyWindowError, ExportError, VocabularyError, WarmStartError
+from trainer.evaluate import held_out_groups, judge, model_ranker
+from trainer.export import Provenance, export, verify
+from trainer.loop import Outputs
+from trainer.models.gems import Gems
+from trainer.models.lifelong import memory_version
+from trainer.package import Package
+from trainer.train import TrainConfig, Trained, train
+from trainer.warm_start import STATE_FILE, WarmState, load_state, warm_train
+
+PROVENANCE = Provenance(
+    name="gems",
+    created_ms=1,
+    window_from={},
+    window_to={},
+    feature_schema_hash="0" * 16,
+    metrics={},
+)
+# What going on may cost on the same data: one more short run from other draws.
+MARGIN = 0.02
+
+
+@pytest.fixture(scope="module")
+def package(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "base"
+    export(trained, folder, PROVENANCE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def later() -> EventLog:
+    return newer_log()
+
+
+@pytest.fixture(scope="module")
+def warm(package: Path, later: EventLog) -> Trained:
+    """One that went on from the package on what came after its training."""
+    return warm_train(later, load_state(package), small_training(), from_ms=NEWER_FROM_MS)
+
+
+def _memory_version(model: Gems) -> str:
+    assert model.compressor is not None
+    return memory_version(model.compressor)
+
+
+def test_a_package_gives_back_what_was_trained(trained: Trained, package: Path) -> None:
+    state = load_state(package)
+    assert state.config == trained.config
+    assert state.split_ms == trained.split_ms
+    assert state.vocabulary.item_ids_V.tolist() == trained.vocabulary.item_ids_V.tolist()
+    assert state.vocabulary.domain_ids.tolist() == trained.vocabulary.domain_ids.tolist()
+    assert state.count_V.tolist() == trained.count_V.tolist()
+    assert state.domain_V.tolist() == trained.domain_V.tolist()
+    weights, wanted = state.model.state_dict(), trained.model.state_dict()
+    assert weights.keys() == wanted.keys()
+    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+
+
+def test_ids_vectors_and_memories_of_old_items_stay(trained: Trained, warm: Trained) -> None:
+    place = torch.from_numpy(warm.vocabulary.index_items(trained.vocabulary.item_ids_V))
+    assert torch.equal(warm.model.trie.codes_I3[place], trained.model.trie.codes_I3[1:])
+    assert torch.equal(warm.model.item.weight[place], trained.model.item.weight[1:])
+    assert _memory_version(warm.model) == _memory_version(trained.model)
+    assert (np.diff(warm.vocabulary.item_ids_V) > 0).all()
+    codes = warm.model.trie.codes_I3[1:]
+    assert len(torch.unique(codes, dim=0)) == len(codes)
+
+
+def test_the_model_it_goes_on_from_stays_as_it_is(trained: Trained, later: EventLog) -> None:
+    before = {name: value.clone() for name, value in trained.model.state_dict().items()}
+    warm = warm_train(later, WarmState.of(trained), small_training(), from_ms=NEWER_FROM_MS)
+    after = trained.model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not torch.equal(warm.model.begin_D, trained.model.begin_D)
+
+
+def test_new_items_are_unknown_before_and_answered_after(
+    trained: Trained, warm: Trained, package: Path, later: EventLog, tmp_path: Path
+) -> None:
+    export(warm, tmp_path / "warm", PROVENANCE)
+    manifest = verify(tmp_path / "warm")
+    assert manifest["memory_version"] == verify(package)["memory_version"]
+    new_ids = np.setdiff1d(warm.vocabulary.item_ids_V, trained.vocabulary.item_ids_V)
+    groups = warm.groups.select(warm.groups.time_ms_G > warm.split_ms).select(slice(64))
+    answered = {}
+    for name, folder in (("base", package), ("warm", tmp_path / "warm")):
+        loaded = Package.load(folder)
+        ranked = loaded.ranker(loaded.source(later))(groups)[:, :10]
+        answered[name] = loaded.item_ids_V[ranked[ranked > 0] - 1]
+    assert not np.isin(answered["base"], new_ids).any()
+    assert np.isin(answered["warm"], new_ids).mean() > 0.2
+
+
+def test_the_package_of_a_warm_model_answers_as_the_model_does(
+    warm: Trained, later: EventLog, tmp_path: Path
+) -> None:
+    export(warm, tmp_path / "warm", PROVENANCE)
+    loaded = Package.load(tmp_path / "warm")
+    groups = warm.groups.select(slice(0, 400, 10))
+    source = warm.source
+    by_model = model_ranker(warm.model, source)(groups)
+    by_package = loaded.ranker(loaded.source(later))(groups)[:, : by_model.shape[1]]
+    assert (by_model == by_package).mean() > 0.99  # equal scores may swap places
+
+
+def test_going_on_without_new_data_does_not_get_worse(trained: Trained, log: EventLog) -> None:
+    again = warm_train(log, WarmState.of(trained), small_training(epochs=2.0))
+    groups = held_out_groups(log, trained.groups, split_ms=trained.split_ms, seed=1)
+
+    def quality(one: Trained) -> float:
+        return judge(one.source, groups, model_ranker(one.model, one.source), name="x").ndcg10
+
+    assert again.split_ms == trained.split_ms
+    assert quality(again) >= quality(trained) - MARGIN
+
+
+def test_a_warm_run_can_be_gone_on_from_in_turn(warm: Trained, later: EventLog) -> None:
+    third = warm_train(later, WarmState.of(warm), small_training(), from_ms=NEWER_FROM_MS)
+    place = torch.from_numpy(third.vocabulary.index_items(warm.vocabulary.item_ids_V))
+    assert torch.equal(third.model.trie.codes_I3[place], warm.model.trie.codes_I3[1:])
+    assert _memory_version(third.model) == _memory_version(warm.model)
+
+
+def test_nothing_after_the_window_is_learned_from(trained: Trained, later: EventLog) -> None:
+    """The log ends in one run where the window ends; what comes after it changes no weight."""
+    until_ms = NEWER_FROM_MS + 50 * 86_400_000
+    config, state = small_training(train_quantile=1.0), WarmState.of(trained)
+    known = later.event_time_ms_N <= until_ms
+    columns = {
+        "user_id": later.user_ids_U[later.user_N],
+        "item_id": later.item_id_N,
+        "event_time_ms": later.event_time_ms_N,
+        "ordinal": later.ordinal_N,
+        "action": later.action_N,
+        "domain": later.domain_N.view(np.uint64),
+    }
+    cut = EventLog.from_columns({name: column[known] for name, column in columns.items()})
+    whole = EventLog.from_columns(columns)
+    of_cut, of_whole = (
+        warm_train(one, state, config, until_ms=until_ms, from_ms=NEWER_FROM_MS).model.state_dict()
+        for one in (cut, whole)
+    )
+    assert of_cut.keys() == of_whole.keys()
+    for name, wanted in of_cut.items():
+        # Targets of a basket may be drawn in another order, and sums be rounded otherwise.
+        torch.testing.assert_close(of_whole[name], wanted, atol=1e-3, rtol=1e-3, msg=name)
+    assert torch.equal(of_whole["trie.codes_I3"], of_cut["trie.codes_I3"])
+
+
+def test_an_indexer_is_kept_up(log: EventLog) -> None:
+    config = small_training(model=small_model(mid_attention="indexer"))
+    base = train(log, config)
+    warm = warm_train(log, WarmState.of(base), config)
+    name = "blocks.0.mid.indexer.query.weight"
+    assert not torch.equal(warm.model.state_dict()[name], base.model.state_dict()[name])
+
+
+def test_a_killed_warm_run_goes_on(trained: Trained, later: EventLog, tmp_path: Path) -> None:
+    state = WarmState.of(trained)
+    outputs = Outputs(checkpoints=tmp_path, checkpoint_every_steps=1, resume=True)
+    whole = warm_train(later, state, small_training(), outputs, from_ms=NEWER_FROM_MS)
+    resumed = warm_train(later, state, small_training(), outputs, from_ms=NEWER_FROM_MS)
+    weights, wanted = resumed.model.state_dict(), whole.model.state_dict()
+    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("damage", ["absent", "other bytes", "cut short", "unnamed"])
+def test_a_package_without_its_state_is_refused(
+    trained: Trained, tmp_path: Path, damage: str
+) -> None:
+    export(trained, tmp_path / "p", PROVENANCE)
+    path, manifest = tmp_path / "p" / STATE_FILE, tmp_path / "p" / "manifest.json"
+    content = path.read_bytes()
+    if damage == "absent":
+        path.unlink()
+    elif damage == "other bytes":
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "cut short":
+        path.write_bytes(content[:100])
+    else:
+        text = manifest.read_text(encoding="utf-8").replace("training_files", "other_files")
+        manifest.write_text(text, encoding="utf-8")
+    with pytest.raises(ExportError, match=r"training\.safetensors"):
+        load_state(tmp_path / "p")
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (small_training(code_sizes=(4, 4, 8)), "code_sizes"),
+        (small_training(model=small_model(num_recent=16)), "num_recent"),
+    ],
+)
+def test_other_sizes_are_refused(
+    trained: Trained, log: EventLog, config: TrainConfig, named: str
+) -> None:
+    with pytest.raises(WarmStartError, match=named):
+        warm_train(log, WarmState.of(trained), config)
+
+
+def test_an_empty_window_and_a_full_tree_are_refused(trained: Trained, later: EventLog) -> None:
+    state = WarmState.of(trained)
+    with pytest.raises(EmptyWindowError, match="nothing to learn from"):
+        warm_train(later, state, small_training(), from_ms=END_MS)
+    crowded = dataclasses.replace(later, item_id_N=later.item_id_N + later.ordinal_N * 100_000)
+    with pytest.raises(VocabularyError, match="train from the start"):
+        warm_train(crowded, state, small_training())
