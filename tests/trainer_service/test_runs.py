@@ -219,15 +219,15 @@ def test_killed_while_it_trains_the_next_run_goes_on(installation: Callable[...,
     add_events(settings, seed=1)
     told = program(settings)
     try:
-        until(lambda: newest(settings).resumes and checkpoints(settings), START_S, what="it")
-        (taken_over,) = checkpoints(settings)
+        until(lambda: newest(settings).resumes, START_S, what="a run that goes on")
+        taken_over = settings.models / "runs" / newest(settings).run / CHECKPOINT_FOLDER
+        taken_over /= "checkpoint.safetensors"
+        until(taken_over.is_file, START_S, what="its checkpoint")
         made_ns = taken_over.stat().st_mtime_ns
         until(lambda: taken_over.stat().st_mtime_ns > made_ns, START_S, what="a further one")
         told.terminate()
-        told.communicate(timeout=START_S)
     finally:
-        told.kill()
-        told.wait()
+        told.communicate(timeout=START_S)
     assert lease_is_free(settings)
     healed, second = runs_of(settings.models).all()
     assert (healed.state, healed.says) == ("failed", KILLED)
