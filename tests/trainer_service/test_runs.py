@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
@@ -236,6 +237,32 @@ def test_killed_while_it_trains_the_next_run_goes_on(installation: Callable[...,
     # On the events it began with, although more have come.
     assert (second.window_to, second.kind) == (first.window_to, first.kind)
     assert len(checkpoints(settings)) == 1
+
+
+def test_a_paused_run_finds_its_lease_lost_and_does_not_publish(
+    installation: Callable[..., Settings],
+) -> None:
+    """Its budget is over when it wakes up, so that publishing would come next."""
+    settings = installation(epochs=10_000, budget_s=10, lease_s=2)
+    add_events(settings, seed=0)
+    paused = program(settings)
+    try:
+        until(lambda: checkpoints(settings), START_S, what="a checkpoint")
+        paused.send_signal(signal.SIGSTOP)
+        until(lambda: lease_is_free(settings), what="the end of the lease")
+        client = connect(settings.redis.url)
+        lease = Lease.take(client, TRAINER_LEASE_KEY, owner="the next one")
+        assert lease is not None
+        with lease:
+            paused.send_signal(signal.SIGCONT)
+            said, _ = paused.communicate(timeout=START_S)
+            assert lease.is_held
+    finally:
+        paused.kill()
+        paused.wait()
+    assert said.startswith("failed moveline:trainer-lease was lost")
+    assert list(settings.models.glob("*/manifest.json")) == []
+    assert newest(settings).state == "failed"
 
 
 def test_a_run_that_died_after_going_live_has_published(
