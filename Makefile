@@ -5,6 +5,8 @@
 #   make sim [SEED=n]                     simulated crashes, zombies, restores: 10,000 seeds
 #   make faults [FAULTS=name,...] [EVENTS=n] [RECORD=1] [KAFKA_HOME=...]
 #                                         real kills, zombies, restores: state stays exact
+#   make faults-publish [CASES=name,...] [RECORD=1] [KAFKA_HOME=...]
+#                                         publications broken at every step: the old version answers
 #   make parity [PAIRS=n] [DATA=folder] [RECORD=1] [KAFKA_HOME=...]
 #                                         what online reads return equals what the lake gives
 #   make bench-ingest, bench-freshness, bench-replay, bench-memory [RECORD=1] [EVENTS=n]
@@ -13,6 +15,8 @@
 #   make bench-score [RECORD=1] [ROUNDS=n] [LIFETIMES=a,b,...] [TRAIN_S=n]
 #                                         an answer's time by lifetime; the indexer against full
 #   make bench-train [RECORD=1]           tokens/s of training, against stock PyTorch layers; MFU
+#   make bench-publish [RECORD=1] [RATE=n] [VERSIONS=n]
+#                                         ten versions published and two rolled back under load
 #   make bench-quality SET=... [SEEDS=n] [PROTOCOL=...] [MODELS=...] [BUDGET_S=n] [DATA=folder]
 #                                         which model ranks best: docs/quality.md says how
 #   make quality-pages                    tables and plots of those results into docs/results
@@ -35,6 +39,7 @@ MODELS ?= default
 BIN := .venv/bin
 
 .PHONY: demo test sim faults parity bench-ingest bench-freshness bench-replay bench-memory
+.PHONY: faults-publish bench-publish
 .PHONY: bench-pit bench-read bench-score bench-compact bench-train bench-quality
 .PHONY: quality-pages check format figures up down clean
 
@@ -61,6 +66,10 @@ sim: .venv/stamp-dev
 # Every fault on real processes; SEED chooses the moments.
 faults: .venv/stamp-local
 	$(BIN)/python -m benchmarks.faults $(if $(RECORD),--record)
+
+# Publications killed and broken in every way, while somebody asks.
+faults-publish: .venv/stamp-local
+	$(BIN)/python -m benchmarks.faults_publish $(if $(RECORD),--record)
 
 # Reads taken while real events flow, judged by the lake afterwards: not one value may differ.
 parity: .venv/stamp-dev
@@ -94,6 +103,9 @@ bench-train: .venv/stamp-local
 
 bench-score: .venv/stamp-local
 	$(BIN)/python -m benchmarks.bench_score $(if $(RECORD),--record)
+
+bench-publish: .venv/stamp-local
+	$(BIN)/python -m benchmarks.bench_publish $(if $(RECORD),--record)
 
 # One file a model and seed: a run that was stopped goes on where it was.
 bench-quality: .venv/stamp-dev

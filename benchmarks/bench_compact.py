@@ -108,7 +108,7 @@ def publish_model(events: _Columns, folder: Path, triton: str) -> LiveMemory:
     )
     export(trained, folder / "package", provenance)
     with TritonServer(triton) as server:
-        version = publish(folder / "package", folder / "model_repo", server).version
+        version = publish(folder / "package", folder / "model_repo", [server]).version
     found = memory_of(folder / "model_repo", version)
     assert found is not None
     return found

@@ -226,7 +226,7 @@ def measure(addresses: Any, repository: Path, folder: Path) -> Mapping[str, Any]
     store = StateStore(client, 1, RULES)
     store.claim_generation()
     with TritonServer(addresses.triton_grpc) as server:
-        version = publish(export_model(folder), repository, server).version
+        version = publish(export_model(folder), repository, [server]).version
         live = memory_of(repository, version)
         assert live is not None
         compactor = Compactor(

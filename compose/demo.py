@@ -237,7 +237,7 @@ class Demo:
         _, catalogue = stores_of(self.settings)
         rng = np.random.default_rng(SEED)
         users = rng.permutation(groceries.regulars(NUM_EVENTS_MIN)).tolist()
-        with Recommender(self.settings.triton.grpc) as recommender:
+        with Recommender(self.settings.triton.address) as recommender:
             asked = recommender.recommend_many(users[:3], k=K, deadline_s=10.0)
             for answer in asked:
                 self.console.print(answer_table(answer, catalogue))

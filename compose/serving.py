@@ -1,8 +1,9 @@
-"""Having a Triton answer: load what it serves, and make a published version the live one."""
+"""Having every Triton answer: load what they serve, and make a proven version the live one."""
 
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Final
 
 from compose.errors import ComposeError
@@ -12,10 +13,12 @@ from scoring.client import Recommender
 from scoring.live import REFRESH_S
 from scoring.signature import LIFELONG_MODEL, RECOMMEND_MODEL, RETRIEVAL_MODEL
 from scoring.triton import TritonServer
-from streams.control import claim_token, read_pointers, write_pointers
+from streams.control import read_pointers, write_pointers
+from trainer.publish import Step, log_step
+from trainer.repository import versions_on_disk
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
     from compose.settings import Settings
     from streams.kafka import KafkaConfig
@@ -29,59 +32,69 @@ class FlipNotSeenError(ComposeError):
     """The pointers were moved and the recommend model did not follow."""
 
 
+@contextmanager
+def open_servers(settings: Settings) -> Iterator[list[TritonServer]]:
+    """Yield a connection to each Triton."""
+    with ExitStack() as opened:
+        yield [opened.enter_context(TritonServer(one)) for one in settings.triton.addresses]
+
+
 def load_served_models(settings: Settings) -> list[str]:
     """Load `recommend`, and the models that have a version; return what was loaded."""
-    with TritonServer(settings.triton.grpc) as server:
-        loaded = []
-        for model in (LIFELONG_MODEL, RETRIEVAL_MODEL):
-            if has_version(settings.model_repository / model):
+    folders = [settings.model_repository / model for model in (LIFELONG_MODEL, RETRIEVAL_MODEL)]
+    models = [folder.name for folder in folders if versions_on_disk(folder)]
+    models.append(RECOMMEND_MODEL)
+    with open_servers(settings) as servers:
+        for server in servers:
+            for model in models:
                 server.load(model)
-                loaded.append(model)
-        server.load(RECOMMEND_MODEL)
-        return [*loaded, RECOMMEND_MODEL]
+    return models
 
 
-def has_version(model_folder: Path) -> bool:
-    """Return whether a model's folder holds any version."""
-    return model_folder.is_dir() and any(p.name.isdecimal() for p in model_folder.iterdir())
-
-
-def flip(
-    settings: Settings,
-    kafka: KafkaConfig,
-    topics: Topics,
-    version: int,
-    *,
-    token: int | None = None,
-) -> float:
-    """Make a ready version the live one; return the seconds until answers carry it.
-
-    First the control topic, the record of truth, then Redis, which every answer follows.
-
-    Args:
-        settings: of the installation.
-        kafka: where the control topic is.
-        topics: of the installation.
-        version: of the retrieval model.
-        token: claimed when the work began that ends here; None claims one now.
+def pointers_to(
+    settings: Settings, kafka: KafkaConfig, topics: Topics, version: int, token: int
+) -> Pointers:
+    """Return what would make a version the live one, once the memories it reads are whole.
 
     Raises:
         MemoryVersionError: too many users lack memories of the version that it reads.
-        StaleTokenError: somebody with a later token moved the pointers meanwhile.
-        FlipNotSeenError: answers did not carry the version within FLIP_TIMEOUT_S.
     """
-    token = claim_token(kafka, topics, "publish") if token is None else token
-    catalogue = CatalogueStore(connect(settings.redis.url))
     recorded = read_pointers(kafka, topics)
     generation = recorded.generation if recorded else settings.generation_number
     memory = memory_of(settings.model_repository, version)
-    if memory is not None:
-        make_ready(settings, kafka, topics, generation, memory)
-    pointers = Pointers(version, generation, memory.memory_version if memory else None, token)
+    if memory is None:
+        return Pointers(version, generation, None, token)
+    make_ready(settings, kafka, topics, generation, memory)
+    return Pointers(version, generation, memory.memory_version, token)
+
+
+def point(
+    settings: Settings,
+    kafka: KafkaConfig,
+    topics: Topics,
+    pointers: Pointers,
+    *,
+    on_step: Callable[[Step], None] = log_step,
+) -> float:
+    """Make these the live pointers; return the seconds until the answers of every Triton follow.
+
+    First the control topic, the record of truth, then Redis, which every answer follows.
+
+    Raises:
+        StaleTokenError: somebody with a later token moved the pointers meanwhile.
+        FlipNotSeenError: answers did not carry the version within FLIP_TIMEOUT_S.
+    """
     started = time.monotonic()
+    # The first command that reaches Redis must not be the one that cannot be taken back.
+    catalogue = CatalogueStore(connect(settings.redis.url))
+    catalogue.get_pointers()
     write_pointers(kafka, topics, pointers)
+    on_step(Step.RECORDED)
     catalogue.put_pointers(pointers)
-    _await_version(settings.triton.grpc, version, started)
+    on_step(Step.FLIPPED)
+    for address in settings.triton.addresses:
+        _await_version(address, pointers.model_version or 0, started)
+    on_step(Step.FOLLOWED)
     return time.monotonic() - started
 
 

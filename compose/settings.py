@@ -63,10 +63,20 @@ class RedisSettings(_Section):
 
 
 class TritonSettings(_Section):
-    """Where Triton is: host:port of gRPC and HTTP."""
+    """Where Triton is: host:port of gRPC and HTTP; several of gRPC with commas between them."""
 
     grpc: str = "127.0.0.1:8001"
     http: str = "127.0.0.1:8000"
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Every server; a version goes live on all of them or on none."""
+        return tuple(part.strip() for part in self.grpc.split(",") if part.strip())
+
+    @property
+    def address(self) -> str:
+        """The server that is asked where any of them will do."""
+        return self.addresses[0]
 
 
 class LakeSettings(_Section):

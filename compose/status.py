@@ -109,14 +109,15 @@ def _state(settings: Settings, console: Console) -> None:
 
 
 def _models(settings: Settings, console: Console) -> None:
-    with TritonServer(settings.triton.grpc) as server:
-        versions = server.versions()
-    table = Table("model", "version", "is", title=f"Triton at {settings.triton.grpc}")
-    table.title_justify = "left"
-    for model, found in sorted(versions.items()):
-        for version, state, reason in found or [(0, "not loaded", "")]:
-            table.add_row(model, str(version or "-"), f"{state} {reason}".strip())
-    console.print(table)
+    for address in settings.triton.addresses:
+        with TritonServer(address) as server:
+            versions = server.versions()
+        table = Table("model", "version", "is", title=f"Triton at {address}")
+        table.title_justify = "left"
+        for model, found in sorted(versions.items()):
+            for version, state, reason in found or [(0, "not loaded", "")]:
+                table.add_row(model, str(version or "-"), f"{state} {reason}".strip())
+        console.print(table)
 
 
 def _trainer(settings: Settings, console: Console) -> None:

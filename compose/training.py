@@ -6,26 +6,19 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from compose.cli.options import kafka_of, stores_of
-from compose.errors import ComposeError
-from compose.serving import flip
+from compose.cli.options import stores_of
+from compose.publishing import newest_package, publish_package
 from compose.training_log import read_log, remove_traces, training_log
 from features.clock import now_ms
-from features.errors import SchemaMismatchError
-from features.redis import CatalogueStore, Trending, connect
 from features.schema import schema_hash
-from scoring.signature import K_MAX, RETRIEVAL_MODEL
-from scoring.triton import TritonServer
+from scoring.signature import RETRIEVAL_MODEL
 from trainer.baselines import own_frequency, popularity, recency_weighted
 from trainer.dataset import label_groups
 from trainer.evaluate import held_out_groups, judge, model_ranker
-from trainer.export import MANIFEST_FILE, Provenance, export, verify
+from trainer.export import Provenance, export
 from trainer.loop import LoopConfig, Outputs
 from trainer.models.gems import GemsConfig
 from trainer.package import Package
-from trainer.publish import publish
 from trainer.ranks import joined
 from trainer.train import TrainConfig
 from trainer.train import train as train_model
@@ -41,8 +34,16 @@ if TYPE_CHECKING:
     from trainer.evaluate import Quality, Ranker
 
 
-class NoPackageError(ComposeError):
-    """Nothing was trained yet, or not in this folder."""
+# Publishing needs no torch and has a module of its own; who trains finds it here too.
+__all__ = [
+    "TrainRequest",
+    "TrainResult",
+    "evaluate_package",
+    "measure",
+    "newest_package",
+    "publish_package",
+    "train_package",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,16 +66,6 @@ class TrainResult:
     package: Path
     metrics: Mapping[str, float]
     seconds: float
-
-
-@dataclass(frozen=True)
-class Live:
-    """A version that went live."""
-
-    version: int
-    parity: float
-    ready_s: float
-    live_s: float
 
 
 def train_package(settings: Settings, request: TrainRequest) -> TrainResult | None:
@@ -168,71 +159,3 @@ def measure(source: BatchSource, model: Ranker, *, split_ms: int, seed: int) -> 
         metrics[f"hr10_{name}"] = quality.hr10
         metrics[f"ndcg10_{name}"] = quality.ndcg10
     return metrics
-
-
-def newest_package(models: Path) -> Path:
-    """Return the youngest package in the models folder.
-
-    Raises:
-        NoPackageError: there is none.
-    """
-    packages = sorted(path.parent for path in models.glob(f"*/{MANIFEST_FILE}"))
-    if not packages:
-        raise NoPackageError(f"no package under {models}: run `moveline train` first.")
-    return packages[-1]
-
-
-def publish_package(settings: Settings, package: Path, *, token: int | None = None) -> Live:
-    """Return once the package is a version that every answer follows.
-
-    Args:
-        settings: of the installation.
-        package: an exported model.
-        token: claimed when the work began that ends here; None claims one now.
-
-    Raises:
-        SchemaMismatchError: the package was built for other features than the generation has.
-        TrainerError: see trainer.publish.
-        FlipNotSeenError: answers did not follow the pointers.
-    """
-    started = time.monotonic()
-    refuse_other_schema(settings, verify(package))
-    with TritonServer(settings.triton.grpc) as server:
-        published = publish(package, settings.model_repository, server)
-    ready_s = time.monotonic() - started
-    catalogue = CatalogueStore(connect(settings.redis.url))
-    catalogue.put_trending(read_trending(settings))
-    kafka, topics = kafka_of(settings)
-    flip(settings, kafka, topics, published.version, token=token)
-    return Live(published.version, published.parity, ready_s, time.monotonic() - started)
-
-
-def refuse_other_schema(settings: Settings, manifest: Mapping[str, object]) -> None:
-    """Return if the package reads the features that the generation's state holds.
-
-    Raises:
-        SchemaMismatchError: it does not.
-    """
-    store, _ = stores_of(settings)
-    held, wanted = schema_hash(store.config), manifest["feature_schema_hash"]
-    if held != wanted:
-        raise SchemaMismatchError(
-            f"the package was trained on features {wanted}, generation g{store.generation} has "
-            f"{held}: train on this generation with `moveline train`, or publish for another one "
-            "with MOVELINE_GENERATION."
-        )
-
-
-# What counts as trending until the near-line windows take over: the newest week of the log.
-_TRENDING_MS = 7 * 86_400_000
-
-
-def read_trending(settings: Settings) -> Trending:
-    """Return the items most used in the log's newest week, with their share of its events."""
-    log = read_log(settings, stores_of(settings)[0].config)
-    newest = log.event_time_ms_N >= log.event_time_ms_N.max() - _TRENDING_MS
-    items, counts = np.unique(log.item_id_N[newest], return_counts=True)
-    order = np.argsort(-counts, kind="stable")[:K_MAX]
-    return Trending(
-        tuple(items[order].tolist()), tuple((counts[order] / counts.sum()).round(6).tolist())
-    )

@@ -15,9 +15,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from compose.cli.options import kafka_of
+from compose.cli.options import kafka_of, stores_of
 from features import lake
 from features.generations import start_field
+from features.redis import Trending
+from scoring.signature import K_MAX
 from trainer.checkpoint import FILE as CHECKPOINT_FILE
 from trainer.dataset import EventLog
 from trainer.errors import CheckpointError
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from trainer.ranks import Ranks
 
 FILE: Final = "events.safetensors"
+# What counts as trending until the near-line windows take over: the newest week of the log.
+_TRENDING_MS: Final = 7 * 86_400_000
 
 
 @dataclass(frozen=True)
@@ -120,4 +124,15 @@ def _window(settings: Settings) -> tuple[dict[str, int], dict[str, int]]:
     return (
         {field: file.start for field, file in reversed(files)},
         {field: file.end for field, file in files},
+    )
+
+
+def read_trending(settings: Settings) -> Trending:
+    """Return the items most used in the log's newest week, with their share of its events."""
+    log = read_log(settings, stores_of(settings)[0].config)
+    newest = log.event_time_ms_N >= log.event_time_ms_N.max() - _TRENDING_MS
+    items, counts = np.unique(log.item_id_N[newest], return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:K_MAX]
+    return Trending(
+        tuple(items[order].tolist()), tuple((counts[order] / counts.sum()).round(6).tolist())
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from compose.cli.options import kafka_of
-from compose.training import NoPackageError
+from compose.publishing import NoPackageError
 from scoring.signature import RETRIEVAL_MODEL
 from streams.control import read_pointers
 from trainer.export import MANIFEST_FILE, MODEL_FILE, read_manifest

@@ -124,6 +124,8 @@ class TritonServer:
             index = self._client.get_model_repository_index(client_timeout=CALL_TIMEOUT_S)
         found: dict[str, list[tuple[int, str, str]]] = {}
         for model in index.models:
+            if model.name.startswith("."):
+                continue  # a folder of publishing, not a model
             versions = found.setdefault(model.name, [])
             if model.version:
                 versions.append((int(model.version), model.state or "UNLOADED", model.reason))

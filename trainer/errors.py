@@ -41,6 +41,14 @@ class ParityError(TrainerError):
     """Triton and the package answer differently."""
 
 
+class NotFiniteError(TrainerError):
+    """Weights are damaged: scores are not numbers."""
+
+
+class StagingError(PublishError):
+    """A package could not be copied into the repository; nothing of the copy is left."""
+
+
 class DeviceError(TrainerError, ValueError):
     """There is no device of the kind that was asked for."""
 
@@ -53,7 +61,7 @@ class GateError(TrainerError):
     """A package is not good enough to be published; what is live stays live."""
 
 
-class NotFiniteError(GateError):
+class BadNumbersError(GateError):
     """A weight, a score or the loss is infinite or not a number."""
 
 

@@ -3,22 +3,33 @@
 Legend: B users, N events, V items.
 """
 
-import hashlib
-import json
 import statistics
 import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from trainer.batches import PADDING
 from trainer.errors import ExportError
+from trainer.golden import record_golden
+from trainer.manifest import (
+    COMPRESSOR_FILE,
+    ITEM_IDS_FILE,
+    MANIFEST_FILE,
+    MANIFEST_VERSION,
+    MODEL_FILE,
+    manifest_bytes,
+    read_manifest,
+    sha256_of,
+    verify,
+)
 from trainer.models.lifelong import Compressor, memory_version
 from trainer.models.serving import (
     NUM_EXCLUDED,
@@ -32,14 +43,20 @@ from trainer.models.serving import (
 from trainer.train import Trained
 from trainer.training_state import save_state
 
-MANIFEST_FILE = "manifest.json"
-MODEL_FILE = "model.pt2"
-# Folds old events into the memory that the model reads.
-COMPRESSOR_FILE = "compressor.pt2"
-# The vocabulary: little-endian int64, ascending; `available` is indexed by place in it.
-ITEM_IDS_FILE = "item_ids.i64"
-# 2: lifelong memory is a state with a count, and a compressor is in the package.
-MANIFEST_VERSION = 2
+# What is written here is read without torch in trainer/manifest.py; readers find it here too.
+__all__ = [
+    "COMPRESSOR_FILE",
+    "ITEM_IDS_FILE",
+    "MANIFEST_FILE",
+    "MANIFEST_VERSION",
+    "MODEL_FILE",
+    "Provenance",
+    "export",
+    "read_manifest",
+    "sha256_of",
+    "verify",
+]
+
 # Requests that one call may carry; bounds the memory of a call.
 MAX_BATCH = 64
 # Mid-term events that one user's request may carry: it grows by what waits to be folded, and
@@ -47,6 +64,7 @@ MAX_BATCH = 64
 MAX_MID = 32_768
 # Old events of one user that a call of the compressor may carry.
 MAX_FOLDED = 65_536
+Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
 # The graph is traced with two users: one would be taken for a constant.
 EXAMPLE_BATCH = 2
 # Likewise the events that the compressor is traced with.
@@ -58,7 +76,6 @@ NUM_TIMED_CALLS = 15
 PICKLE_STARTS = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
 # Files inside the package that hold raw numbers and may begin with any bytes.
 RAW_PREFIXES = ("data/weights/weight_", "data/constants/tensor_")
-HASH_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +112,8 @@ def export(trained: Trained, staging: Path, provenance: Provenance) -> dict[str,
     ids = trained.vocabulary.item_ids_V.astype("<i8").tobytes()
     (staging / ITEM_IDS_FILE).write_bytes(ids)
     manifest = _manifest(trained, serving, provenance)
-    files = [MODEL_FILE, ITEM_IDS_FILE]
+    golden = _record_golden(staging, manifest, serving, trained.model.compressor)
+    files = [MODEL_FILE, ITEM_IDS_FILE, golden]
     if trained.model.compressor is not None:
         save_package(exported_compressor(trained.model.compressor), staging / COMPRESSOR_FILE)
         files.append(COMPRESSOR_FILE)
@@ -106,6 +124,31 @@ def export(trained: Trained, staging: Path, provenance: Provenance) -> dict[str,
     manifest["training_files"] = {state.name: sha256_of(state)}
     (staging / MANIFEST_FILE).write_bytes(manifest_bytes(manifest))
     return manifest
+
+
+def _record_golden(
+    staging: Path,
+    manifest: Mapping[str, Any],
+    serving: GemsServing,
+    compressor: Compressor | None,
+) -> str:
+    """Have the model answer the golden requests; return the name of the file with the answers."""
+
+    def asked(module: torch.nn.Module) -> Callable[[Sequence[Array]], Sequence[Array]]:
+        def ask(arrays: Sequence[Array]) -> Sequence[Array]:
+            with torch.inference_mode():
+                answers = module(*(torch.from_numpy(array) for array in arrays))
+            return [tensor.numpy() for tensor in answers]
+
+        return ask
+
+    return record_golden(
+        staging,
+        manifest,
+        serving.item_ids_V.numpy(),
+        asked(serving),
+        None if compressor is None else asked(compressor.eval()),
+    )
 
 
 def faster_mid_attention(serving: GemsServing) -> Literal["full", "indexer"]:
@@ -139,11 +182,6 @@ def _median_s(
             serving(*inputs)
             taken.append(time.perf_counter() - started)
     return statistics.median(taken)
-
-
-def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
-    """A manifest as it is written, here and where it is published."""
-    return (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode()
 
 
 def exported_compressor(compressor: Compressor) -> ExportedProgram:
@@ -223,56 +261,6 @@ def pickles_in(path: Path) -> list[str]:
             ):
                 found.append(name)
     return found
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(HASH_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def verify(directory: Path) -> dict[str, Any]:
-    """Read the manifest of an exported directory after checking every file against it.
-
-    Raises:
-        ExportError: A file is missing or differs from its hash, or the manifest names none.
-    """
-    manifest = read_manifest(directory / MANIFEST_FILE)
-    for name, expected in manifest["files"].items():
-        path = directory / name
-        actual = sha256_of(path) if path.is_file() else "no such file"
-        if actual != expected:
-            msg = f"{path.name} has hash {actual}, the manifest says {expected}; export again"
-            raise ExportError(msg)
-    return manifest
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Read a manifest without looking at the files beside it.
-
-    Raises:
-        ExportError: It is none, or of another version.
-    """
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        msg = f"{path} cannot be read ({error}); export again"
-        raise ExportError(msg) from error
-    hashes = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(hashes, dict) or not {MODEL_FILE, ITEM_IDS_FILE} <= hashes.keys():
-        msg = f"{path} does not name the files of a package; export again"
-        raise ExportError(msg)
-    if manifest.get("manifest_version") != MANIFEST_VERSION:
-        msg = (
-            f"{path} has version {manifest.get('manifest_version')}, this Moveline reads "
-            f"{MANIFEST_VERSION}; train and export again: moveline train"
-        )
-        raise ExportError(msg)
-    read: dict[str, Any] = manifest
-    return read
 
 
 def _manifest(trained: Trained, serving: GemsServing, provenance: Provenance) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,18 +20,17 @@ from torch import Tensor
 from trainer.batches import BatchSource
 from trainer.dataset import Int64s, LabelGroups
 from trainer.errors import (
+    BadNumbersError,
     GateError,
     IllegalItemError,
-    NotFiniteError,
     OtherFeaturesError,
     TooSlowError,
     WorseThanRivalError,
     WorseThanServedError,
 )
 from trainer.evaluate import TOP_K, Ranker, event_gains
-from trainer.export import ITEM_IDS_FILE
+from trainer.golden import golden_inputs
 from trainer.package import Package
-from trainer.publish import golden_inputs
 from trainer.streaming_evaluation import Float64s, PerUser, paired_bootstrap, rank_all
 
 POPULARITY, OWN_FREQUENCY = "popularity", "own_frequency"
@@ -93,7 +91,6 @@ class Judged:
         served: None where nothing is served yet.
     """
 
-    folder: Path
     package: Package
     losses: Sequence[float]
     live_schema: str
@@ -172,7 +169,7 @@ def finite_gate(judged: Judged) -> Passage:
     found = num_weights + num_losses + num_scores
     refusal = None
     if found:
-        refusal = NotFiniteError(
+        refusal = BadNumbersError(
             f"{num_weights} weights, {num_losses} losses and {num_scores} scores are infinite or "
             "not a number, at most 0: look at the run's loss in TensorBoard, then train anew with "
             "`moveline trainer once --full`."
@@ -182,7 +179,7 @@ def finite_gate(judged: Judged) -> Passage:
 
 def legal_gate(judged: Judged) -> Passage:
     """Ask while a third of the items is unavailable; say which share of the answers was illegal."""
-    item_ids_V = np.fromfile(judged.folder / ITEM_IDS_FILE, "<i8")
+    item_ids_V = judged.package.item_ids_V
     available_V = np.arange(len(item_ids_V)) % UNAVAILABLE_EVERY > 0
     available_V &= ~np.isin(item_ids_V, list(judged.withdrawn))
     excluded = item_ids_V[available_V][:TOP_K]
@@ -280,10 +277,12 @@ def _inputs(judged: Judged, batch: int) -> dict[str, Tensor]:
     """The golden requests, as often as needed for so many users."""
     manifest: dict[str, Any] = judged.package.manifest
     batched = {spec["name"]: spec["batched"] for spec in manifest["inputs"]}
-    inputs = golden_inputs(judged.folder, manifest)
+    golden = golden_inputs(manifest, judged.package.item_ids_V)
     return {
-        name: tensor.repeat(batch, *[1] * (tensor.ndim - 1))[:batch] if batched[name] else tensor
-        for name, tensor in inputs.items()
+        name: torch.from_numpy(np.resize(array, (batch, *array.shape[1:])))
+        if batched[name]
+        else torch.from_numpy(array)
+        for name, array in golden.items()
     }
 
 

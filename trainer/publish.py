@@ -1,14 +1,9 @@
 """Put an exported package into Triton's repository as the next version, and prove that it answers.
 
-Steps, each leaving the versions before it untouched:
-  1. verify the package against its manifest;
-  2. copy it into the repository's .staging, outside any model's folder, and sync it to disk;
-  3. rename it to the next version number: Triton sees the whole folder or none of it;
-  4. load over the repository API and wait until the version is ready;
-  5. send known tensors through Triton and through the package here: the answers must agree.
-A package whose memories the newest compressor does not make brings its own: steps 2 to 5 first
-happen to `lifelong`, then to `gems`. What fails step 4 or 5 is taken out again. The pointer flip is
-the caller's, afterwards.
+The steps up to PROVEN are here; what comes after them is in compose/publishing.py. What a crash
+after any of them leaves, and how it heals: ARCHITECTURE.md, section 8. A package whose memories no
+loaded compressor makes brings its own: steps STAGED to PROVEN first happen to `lifelong`, then to
+`gems`. What fails is taken out again.
 """
 
 from __future__ import annotations
@@ -16,46 +11,67 @@ from __future__ import annotations
 import logging
 import shutil
 from dataclasses import dataclass
+from enum import IntEnum
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-import torch
-
 from scoring.errors import ScoringError
 from scoring.signature import LIFELONG_MODEL, RETRIEVAL_MODEL
-from trainer.errors import ParityError, PublishError
-from trainer.export import (
+from trainer.errors import NotFiniteError, ParityError, PublishError, StagingError
+from trainer.golden import as_sent, compare_answers, compare_folded, read_golden
+from trainer.manifest import (
     COMPRESSOR_FILE,
+    GOLDEN_FILE,
     ITEM_IDS_FILE,
     MANIFEST_FILE,
     MODEL_FILE,
+    facts_of,
     manifest_bytes,
-    read_manifest,
+    sha256_of,
     verify,
 )
-from trainer.repository import add_version, require_model_folder, versions_on_disk
+from trainer.repository import (
+    claim_version,
+    discard,
+    every_version,
+    require_model_folder,
+    stage,
+    versions_on_disk,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
-
-    from numpy.typing import NDArray
 
     from scoring.triton import TritonServer
 
-__all__ = ["PARITY_TOLERANCE", "Published", "check_parity", "publish", "versions_on_disk"]
+    OnStep = Callable[["Step"], None]
+    Check = Callable[[Path, TritonServer, int], float]
 
 log = logging.getLogger("moveline.publish")
 
-# Relative difference of scores between this process and Triton; they run the same graph.
-PARITY_TOLERANCE: Final = 1e-3
-# Below this a score is compared as if it were this large.
-_SMALLEST_COMPARED: Final = 1e-6
-_GOLDEN_USERS: Final = 4
-_GOLDEN_EVENTS: Final = 64
-_GOLDEN_SEED: Final = 20
-_GOLDEN_DAYS_MS: Final = 90 * 86_400_000
+_PROGRAMS: Final = {RETRIEVAL_MODEL: "gems_model.py", LIFELONG_MODEL: "lifelong_model.py"}
+
+
+class Step(IntEnum):
+    """How far a publication is; each is announced once it is done."""
+
+    CLAIMED = 1
+    VERIFIED = 2
+    STAGED = 3
+    RENAMED = 4
+    LOADED = 5
+    PROVEN = 6
+    REMEMBERED = 7
+    RECORDED = 8
+    FLIPPED = 9
+    FOLLOWED = 10
+    TIDIED = 11
+
+
+def log_step(step: Step) -> None:
+    """Say in the log how far a publication is."""
+    log.info("step %d of %d: %s", step, len(Step), step.name.lower())
 
 
 @dataclass(frozen=True)
@@ -73,207 +89,202 @@ class Published:
     lifelong_version: int | None
 
 
-def publish(package: Path, repository: Path, server: TritonServer) -> Published:
-    """Return once the package is the newest ready version of the retrieval model.
+@dataclass(frozen=True)
+class _Publication:
+    """What every step needs."""
+
+    package: Path
+    manifest: dict[str, Any]
+    servers: Sequence[TritonServer]
+    token: int
+    on_step: OnStep
+
+
+def publish(
+    package: Path,
+    repository: Path,
+    servers: Sequence[TritonServer],
+    *,
+    token: int = 0,
+    on_step: OnStep = log_step,
+) -> Published:
+    """Return once the package is a version that every Triton answers with, as the package does.
+
+    Args:
+        package: as exported.
+        repository: the folder that every server serves.
+        servers: all of them.
+        token: of this publication.
+        on_step: told what is done.
 
     Raises:
         ExportError: the package does not match its manifest.
-        PublishError: no such model folder, or Triton could not load it (taken out again).
-        ParityError: Triton's answers differ from the package's (taken out again).
+        PublishError: no such model folder, or a Triton could not load it (taken out again).
+        ParityError: a Triton's answers differ from the package's (taken out again).
     """
     manifest = verify(package)
+    compare_answers(read_golden(package).outputs, read_golden(package))
     gems, lifelong = repository / RETRIEVAL_MODEL, repository / LIFELONG_MODEL
     require_model_folder(gems)
-    lifelong_version, added = None, False
+    work = _Publication(package, manifest, servers, token, on_step)
+    on_step(Step.VERIFIED)
+    lifelong_version, added = None, None
     if manifest["memory_version"] is not None:
         require_model_folder(lifelong)
         lifelong_version = newest_folding(lifelong, manifest["memory_version"])
         if lifelong_version is None:
-            lifelong_version, added = _publish_lifelong(package, gems, lifelong, server), True
+            added = _publish_lifelong(work, gems, lifelong)
+            lifelong_version = int(added.name)
     try:
-        folder, parity = _publish_gems(package, manifest, lifelong_version, gems, server)
+        folder, parity = _publish_gems(work, lifelong_version, gems)
     except BaseException:
         if added:
-            _take_out(lifelong / str(lifelong_version), server)
+            take_out(added, servers)
         raise
     return Published(int(folder.name), folder, parity, lifelong_version)
 
 
 def newest_folding(model_folder: Path, memory_version: str) -> int | None:
-    """Return the newest version of `lifelong` if it makes such memories, else None.
-
-    An older one that makes them does not count. Triton keeps the two newest versions loaded, and
-    so the two newest versions of `gems` always find theirs.
-    """
-    versions = versions_on_disk(model_folder)
-    if not versions:
-        return None
-    manifest = read_manifest(model_folder / str(versions[-1]) / MANIFEST_FILE)
-    return versions[-1] if manifest["memory_version"] == memory_version else None
+    """Return the newest loaded version of `lifelong` that makes such memories, else None."""
+    for version in reversed(versions_on_disk(model_folder)):
+        if facts_of(model_folder / str(version)).get("memory_version") == memory_version:
+            return version
+    return None
 
 
-def _publish_lifelong(package: Path, gems: Path, lifelong: Path, server: TritonServer) -> int:
-    """Return the number of the new, proven version: that which `gems` will get."""
-    content: dict[str, Path | bytes] = {
-        COMPRESSOR_FILE: package / COMPRESSOR_FILE,
-        ITEM_IDS_FILE: package / ITEM_IDS_FILE,
-        MANIFEST_FILE: package / MANIFEST_FILE,
-        "model.py": files("trainer.triton_model").joinpath("lifelong_model.py").read_bytes(),
-    }
-    next_gems = max(versions_on_disk(gems), default=0) + 1
-    folder = add_version(lifelong, content, at_least=next_gems)
-    _prove(folder, server, check_lifelong_parity)
-    return int(folder.name)
+def _publish_lifelong(work: _Publication, gems: Path, lifelong: Path) -> Path:
+    """Return the folder of the new, proven version; its number is that which `gems` will get."""
+    names = [COMPRESSOR_FILE, ITEM_IDS_FILE, GOLDEN_FILE]
+    next_gems = max(every_version(gems), default=0) + 1
+    # Its steps are not announced: they are those of the same names of `gems`, a little earlier.
+    folder = _add(work, lifelong, names, {}, at_least=next_gems, on_step=_say_nothing)
+    _prove(folder, work.servers, check_lifelong_parity, _say_nothing)
+    return folder
 
 
 def _publish_gems(
-    package: Path,
-    manifest: dict[str, Any],
-    lifelong_version: int | None,
-    gems: Path,
-    server: TritonServer,
+    work: _Publication, lifelong_version: int | None, gems: Path
 ) -> tuple[Path, float]:
-    content: dict[str, Path | bytes] = {
-        MODEL_FILE: package / MODEL_FILE,
-        ITEM_IDS_FILE: package / ITEM_IDS_FILE,
-        # What a published version reads is known now: the manifest says so from here on.
-        MANIFEST_FILE: manifest_bytes({**manifest, "lifelong_model_version": lifelong_version}),
-        "model.py": files("trainer.triton_model").joinpath("gems_model.py").read_bytes(),
-    }
+    names = [MODEL_FILE, ITEM_IDS_FILE, GOLDEN_FILE]
     if lifelong_version is not None:
-        content[COMPRESSOR_FILE] = package / COMPRESSOR_FILE
-    folder = add_version(gems, content, at_least=lifelong_version or 1)
-    return folder, _prove(folder, server, check_parity)
+        names.append(COMPRESSOR_FILE)
+    # What a published version reads is known now: the manifest says so from here on.
+    facts = {"lifelong_model_version": lifelong_version}
+    folder = _add(work, gems, names, facts, at_least=lifelong_version or 1, on_step=work.on_step)
+    return folder, _prove(folder, work.servers, check_parity, work.on_step)
 
 
-def _prove(
-    folder: Path, server: TritonServer, check: Callable[[Path, TritonServer, int], float]
-) -> float:
-    """Return what `check(folder, server, version)` found once the version is loaded."""
-    model, version = folder.parent.name, int(folder.name)
+def _add(
+    work: _Publication,
+    model_folder: Path,
+    names: Iterable[str],
+    facts: dict[str, Any],
+    *,
+    at_least: int,
+    on_step: OnStep,
+) -> Path:
+    """Return the new version's folder, complete and on disk from its first moment."""
+    program = files("trainer.triton_model").joinpath(_PROGRAMS[model_folder.name]).read_bytes()
+    draft = stage(
+        model_folder,
+        {**{name: work.package / name for name in names}, "model.py": program},
+        token=work.token,
+    )
     try:
-        server.load(model)
-        server.wait_ready(model, version)
-        return check(folder, server, version)
+        # Of the copies, so that Triton refuses what changes from here on.
+        hashes = {name: sha256_of(draft / name) for name in [*names, "model.py"]}
+        _refuse_bad_copy(work.manifest["files"], hashes)
+        facts = {**facts, "publish_token": work.token, "published_files": hashes}
+        (draft / MANIFEST_FILE).write_bytes(manifest_bytes({**work.manifest, **facts}))
+        on_step(Step.STAGED)
+        folder = claim_version(draft, model_folder, at_least=at_least)
+    except OSError as error:
+        raise StagingError(f"{draft} could not be completed ({error}): publish again.") from error
+    finally:
+        discard(draft)
+    on_step(Step.RENAMED)
+    return folder
+
+
+def _refuse_bad_copy(wanted: dict[str, str], found: dict[str, str]) -> None:
+    for name in sorted(wanted.keys() & found.keys()):
+        if wanted[name] != found[name]:
+            raise StagingError(
+                f"the copy of {name} has hash {found[name]}, the package {wanted[name]}: the "
+                "package was written to meanwhile, or the disk fails. Publish again."
+            )
+
+
+def _say_nothing(step: Step) -> None:
+    del step
+
+
+def _prove(folder: Path, servers: Sequence[TritonServer], check: Check, on_step: OnStep) -> float:
+    """Return the worst of what `check(folder, server, version)` found, once all have loaded it."""
+    try:
+        load_version(folder, servers)
+        on_step(Step.LOADED)
+        worst = max(check(folder, server, int(folder.name)) for server in servers)
     except BaseException as error:
         # Whatever it was, Ctrl-C included: a version that is not proven must not stay.
-        _take_out(folder, server)
-        if isinstance(error, ScoringError | ParityError):
+        take_out(folder, servers)
+        if isinstance(error, ScoringError | ParityError | NotFiniteError):
             raise PublishError(
-                f"version {version} of {model} was taken out again, what was live still is: {error}"
+                f"version {folder.name} of {folder.parent.name} was taken out again, what was live "
+                f"still is: {error}"
             ) from error
         raise
+    on_step(Step.PROVEN)
+    return worst
 
 
-def _take_out(folder: Path, server: TritonServer) -> None:
-    """Remove a version and make Triton forget it; without another one the model is unloaded.
+def load_version(folder: Path, servers: Sequence[TritonServer]) -> None:
+    """Return once every server takes requests for a version."""
+    for server in servers:
+        server.load(folder.parent.name)
+        server.wait_ready(folder.parent.name, int(folder.name))
 
-    A Triton that cannot be told does not hide why the version was removed: it reads the folder
-    anew when it comes back.
+
+def take_out(folder: Path, servers: Sequence[TritonServer]) -> None:
+    """Remove a version and make every Triton forget it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    reload(folder.parent, servers)
+
+
+def reload(model_folder: Path, servers: Sequence[TritonServer]) -> None:
+    """Have every Triton load what the folder holds; without a version the model is unloaded.
+
+    A Triton that cannot be told is no failure: it reads the folder anew when it comes back.
     """
-    shutil.rmtree(folder)
-    model_folder = folder.parent
-    try:
-        if versions_on_disk(model_folder):
-            server.load(model_folder.name)
-        else:
-            server.unload(model_folder.name)
-    except ScoringError as error:
-        log.warning("Triton was not told of the removal: %s", error)
+    for server in servers:
+        try:
+            if versions_on_disk(model_folder):
+                server.load(model_folder.name)
+            else:
+                server.unload(model_folder.name)
+        except ScoringError as error:
+            log.warning("Triton was not told what it serves: %s", error)
 
 
 def check_parity(folder: Path, server: TritonServer, version: int) -> float:
     """Return the largest relative difference between Triton's answers and the package's own.
 
     Raises:
-        ParityError: the items differ, or the scores by more than PARITY_TOLERANCE.
+        ExportError: there are no golden requests in the folder.
+        NotFiniteError, ParityError: as `compare_answers`.
     """
-    manifest = verify(folder)
-    inputs = golden_inputs(folder, manifest)
-    names = [spec["name"] for spec in manifest["outputs"]]
-    answered = server.infer(RETRIEVAL_MODEL, version, _as_sent(inputs), names)
-    model = torch.export.load(folder / MODEL_FILE).module()
-    with torch.inference_mode():
-        expected = dict(zip(names, model(*inputs.values()), strict=True))
-    if not np.array_equal(answered["item_id"], expected["item_id"].numpy()):
-        raise ParityError("Triton returned other items than the package for the golden requests")
-    held = expected["item_id"].numpy() >= 0
-    scores = expected["score"].numpy()[held]
-    worst = np.abs(answered["score"][held] - scores) / np.abs(scores).clip(_SMALLEST_COMPARED)
-    return _refuse_difference(float(worst.max(initial=0.0)), "scores")
+    golden = read_golden(folder)
+    answered = server.infer(RETRIEVAL_MODEL, version, as_sent(golden.inputs), list(golden.outputs))
+    return compare_answers(answered, golden)
 
 
 def check_lifelong_parity(folder: Path, server: TritonServer, version: int) -> float:
-    """Return the largest difference between Triton's states and the compressor's own.
-
-    It is relative to the largest entry: single entries are sums that may come out as almost zero.
+    """Return the largest relative difference between Triton's states and the compressor's own.
 
     Raises:
-        ParityError: the counts differ, or the states by more than PARITY_TOLERANCE.
+        ExportError: there are no golden requests in the folder.
+        ParityError: as `compare_folded`.
     """
-    manifest = read_manifest(folder / MANIFEST_FILE)
-    inputs = golden_events(folder, manifest)
-    names = [spec["name"] for spec in manifest["compressor_outputs"]]
-    sent = {name: tensor.numpy() for name, tensor in inputs.items()}
-    answered = server.infer(LIFELONG_MODEL, version, sent, names)
-    compressor = torch.export.load(folder / COMPRESSOR_FILE).module()
-    with torch.inference_mode():
-        state, count = compressor(*inputs.values())
-    if not np.array_equal(answered["count"], count.numpy()):
-        raise ParityError("Triton counted other events than the compressor for the golden ones")
-    worst = np.abs(answered["state"] - state.numpy()).max() / float(state.abs().max())
-    return _refuse_difference(float(worst), "states")
-
-
-def _refuse_difference(worst: float, what: str) -> float:
-    if not worst <= PARITY_TOLERANCE:
-        raise ParityError(f"{what} differ by {worst:.2e} relative, at most {PARITY_TOLERANCE:.0e}")
-    return worst
-
-
-def golden_inputs(folder: Path, manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Return fixed requests with full streams of known items, in the order of the manifest.
-
-    Every other user has a lifelong memory.
-    """
-    rng = np.random.default_rng(_GOLDEN_SEED)
-    item_ids = np.fromfile(folder / ITEM_IDS_FILE, "<i8")
-    inputs: dict[str, torch.Tensor] = {}
-    for spec in manifest["inputs"]:
-        name, dtype = spec["name"], getattr(torch, spec["dtype"])
-        shape = (_GOLDEN_USERS, *spec["shape"]) if spec["batched"] else tuple(spec["shape"])
-        inputs[name] = torch.zeros(shape, dtype=dtype)
-        if name in {"recent_item", "mid_item"}:
-            inputs[name] = torch.from_numpy(rng.choice(item_ids, shape))
-        elif name.endswith("age_ms"):
-            ages = np.sort(rng.integers(0, _GOLDEN_DAYS_MS, shape), axis=1)[:, ::-1]
-            inputs[name] = torch.from_numpy(ages.copy())
-        elif name == "lifelong":
-            inputs[name][::2] = torch.from_numpy(rng.normal(size=shape)[::2])
-        elif name == "lifelong_count":
-            inputs[name][::2] = _GOLDEN_EVENTS
-        elif name == "exclude_item":
-            inputs[name][:] = -1
-        elif name == "available":
-            inputs[name][:] = True
-    return inputs
-
-
-def golden_events(folder: Path, manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Return fixed old events of known items, in the order of the manifest."""
-    rng = np.random.default_rng(_GOLDEN_SEED)
-    item_ids = np.fromfile(folder / ITEM_IDS_FILE, "<i8")
-    shape = (_GOLDEN_USERS, _GOLDEN_EVENTS)
-    events = {
-        spec["name"]: rng.integers(0, _GOLDEN_DAYS_MS, shape)
-        for spec in manifest["compressor_inputs"]
-    }
-    events["item"] = rng.choice(item_ids, shape)
-    return {name: torch.from_numpy(column) for name, column in events.items()}
-
-
-def _as_sent(inputs: Mapping[str, torch.Tensor]) -> dict[str, NDArray[Any]]:
-    """Return the tensors as Triton's signature wants them: withdrawn items by id."""
-    sent = {name: tensor.numpy() for name, tensor in inputs.items() if name != "available"}
-    sent["withdrawn"] = np.array([-1], np.int64)
-    return sent
+    golden = read_golden(folder)
+    answered = server.infer(LIFELONG_MODEL, version, golden.events, list(golden.folded))
+    return compare_folded(answered, golden)

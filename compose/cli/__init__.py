@@ -23,6 +23,7 @@ from compose.cli import (
     skew,
     stack,
     trainer,
+    versions,
 )
 from compose.errors import ComposeError
 from features.errors import FeatureError
@@ -50,6 +51,7 @@ lake.register(app)
 lifelong.register(app)
 models.register(app)
 trainer.register(app)
+versions.register(app)
 answers.register(app)
 operate.register(app)
 repartition.register(app)

@@ -49,7 +49,7 @@ def recommend(
     from scoring.client import Recommender
 
     settings = options.settings_of(config, triton=triton, redis=redis)
-    with Recommender(settings.triton.grpc) as recommender:
+    with Recommender(settings.triton.address) as recommender:
         answers = recommender.recommend_many(
             users,
             k=k,

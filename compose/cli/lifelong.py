@@ -216,7 +216,7 @@ def verify(
     chosen = _sample(place, live, users, seed)
     verdicts = []
     with (
-        TritonServer(settings.triton.grpc) as server,
+        TritonServer(settings.triton.address) as server,
         progress_bar("verify", total=len(chosen), unit="users") as advance,
     ):
         for verdict in lifelong_build.verify(

@@ -153,7 +153,7 @@ def publish(
 
     A package that fails a check is taken out again and what was live stays live.
     """
-    from compose.training import newest_package, publish_package
+    from compose.publishing import newest_package, publish_package
 
     settings = options.settings_of(
         config, kafka=kafka, redis=redis, triton=triton, repository=repository

@@ -55,7 +55,7 @@ def nearline(
         generation=settings.generation_number,
         port=port,
         metrics_port=metrics_port,
-        triton=settings.triton.grpc,
+        triton=settings.triton.address,
         lateness_s=lateness,
     )
     environment = os.environ | nearline_config.to_environment()

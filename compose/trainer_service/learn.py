@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from trainer.warm_start import load_state, warm_train
-
 from compose.cli.options import kafka_of, stores_of
 from compose.trainer_service.look import find_served
 from compose.training import TrainRequest, train_config
@@ -18,11 +16,13 @@ from trainer.baselines import own_frequency, popularity, recency_weighted
 from trainer.dataset import EventLog
 from trainer.errors import ExportError, VocabularyError, WarmStartError
 from trainer.evaluate import held_out_groups
-from trainer.export import MANIFEST_FILE, Provenance, export, manifest_bytes, read_manifest
+from trainer.export import Provenance, export
 from trainer.gates import OWN_FREQUENCY, POPULARITY, Judged, Rival, judge_ranking
 from trainer.loop import Outputs
+from trainer.manifest import MANIFEST_FILE, manifest_bytes, read_manifest
 from trainer.package import Package
 from trainer.train import train
+from trainer.warm_start import load_state, warm_train
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -171,7 +171,6 @@ def judge(settings: Settings, learned: Learned, made: Draft, served: Served | No
     live = catalogue.get_pointers()
     live_config = (catalogue.recorded_config(live.generation) if live else None) or store.config
     return Judged(
-        folder=made.folder,
         package=package,
         losses=trained.fitted.losses,
         live_schema=schema_hash(live_config),
@@ -184,7 +183,7 @@ def judge(settings: Settings, learned: Learned, made: Draft, served: Served | No
 def _judge_served(served: Served, log: EventLog, groups: LabelGroups) -> Rival:
     """Judge the served version; one that cannot be read does not keep its successor away."""
     try:
-        package = Package.load(served.folder)
+        package = Package.load(served.package or served.folder)
     except ExportError as error:
         return Rival(served.version, None, f"not compared: {error}")
     source = package.source(log)

@@ -20,6 +20,7 @@ import msgspec
 from compose.cli.options import kafka_of
 from compose.errors import ComposeError
 from compose.memories import MemoryVersionError
+from compose.publishing import publish_package
 from compose.trainer_service.heal import (
     CHECKPOINT_FOLDER,
     DRAFT_FOLDER,
@@ -30,7 +31,6 @@ from compose.trainer_service.learn import Draft, Learned, draft, figures_of, jud
 from compose.trainer_service.look import find_served, look
 from compose.trainer_service.records import Gate, RunRecord, run_name, runs_of
 from compose.trainer_service.schedule import Past, Run, Schedule, Skip, decide
-from compose.training import publish_package
 from features.clock import now_ms
 from features.errors import FeatureError, SchemaMismatchError, StaleTokenError
 from features.keys import TRAINER_LEASE_KEY
@@ -41,7 +41,7 @@ from scoring.errors import ScoringError
 from scoring.signature import RETRIEVAL_MODEL
 from streams.control import claim_token, read_pointers
 from streams.errors import StreamError
-from trainer.errors import GateError, ParityError, PublishError, TrainerError
+from trainer.errors import GateError, NotFiniteError, ParityError, TrainerError
 from trainer.gates import passages
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ DAY_MS: Final = 86_400_000
 # What refuses a version. Whatever else goes wrong is a failure, which is tried again sooner.
 _REFUSALS: Final = (
     GateError,
-    PublishError,
+    NotFiniteError,
     ParityError,
     SchemaMismatchError,
     MemoryVersionError,
@@ -149,12 +149,11 @@ class _Attempt:
         """Return the record of the end, good or bad; only what nobody foresaw is raised."""
         try:
             self._run(before)
-        except _REFUSALS as error:
-            log.warning("refused: %s", error)
-            self._end("refused", str(error))
         except _FAILURES as error:
-            log.exception("the run failed")
-            self._end("failed", str(error))
+            # Publishing says in its own words what the refusal was that it met.
+            is_refused = isinstance(error, _REFUSALS) or isinstance(error.__cause__, _REFUSALS)
+            log.log(logging.WARNING, "the run ends: %s", error, exc_info=not is_refused)
+            self._end("refused" if is_refused else "failed", str(error))
         except (KeyboardInterrupt, SystemExit):
             self._end("stopped", "it was told to stop; the next run goes on from its checkpoint")
             raise

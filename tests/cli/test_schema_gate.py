@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from compose.publishing import refuse_other_schema
 from compose.settings import load_settings
-from compose.training import refuse_other_schema
 from features.errors import SchemaMismatchError
 from features.schema import schema_hash
 

@@ -124,4 +124,4 @@ def version(package: Path, model_repository: Path, triton_stack: LocalStack) -> 
     from trainer.publish import publish  # noqa: PLC0415 - imports torch
 
     with TritonServer(triton_stack.addresses.triton_grpc) as server:
-        return publish(package, model_repository, server).version
+        return publish(package, model_repository, [server]).version

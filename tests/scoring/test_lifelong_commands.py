@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from compose.memories import MemoryVersionError, memory_of
-from compose.serving import flip
+from compose.serving import point, pointers_to
 from compose.settings import Settings, load_settings
 from features.chunks import FIRST_FIELD
 from features.errors import GenerationError
@@ -243,7 +243,8 @@ def test_a_generation_without_memories_is_not_promoted(place: Place) -> None:
 
 def test_a_model_goes_live_with_its_memories(place: Place, version: int) -> None:
     kafka, topics = place.kafka, place.topics
-    flip(place.settings(), kafka, topics, version)
+    settings = place.settings()
+    point(settings, kafka, topics, pointers_to(settings, kafka, topics, version, 1))
     assert place.live() == Pointers(version, place.store.generation, place.memory.memory_version)
     found = coverage(place.memories, list(range(10, 101, 10)), place.memory.memory_version)
     assert found.num_folded == found.num_chunks > 0
@@ -259,5 +260,5 @@ def test_a_model_whose_memories_cannot_be_made_does_not_go_live(
     write_logs(tmp_path / "short", short, topic=place.topics.events)
     settings = place.settings(lake=tmp_path / "short")
     with pytest.raises(MemoryVersionError, match=r"whole for 0\.0% of 10 users"):
-        flip(settings, place.kafka, place.topics, version)
+        pointers_to(settings, place.kafka, place.topics, version, 1)
     assert CatalogueStore(place.store.client).get_pointers() == before

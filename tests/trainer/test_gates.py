@@ -11,9 +11,9 @@ import torch
 
 from trainer.baselines import own_frequency, popularity
 from trainer.errors import (
+    BadNumbersError,
     GateError,
     IllegalItemError,
-    NotFiniteError,
     OtherFeaturesError,
     TooSlowError,
     WorseThanRivalError,
@@ -72,10 +72,9 @@ def package(folder: Path) -> Package:
 
 
 @pytest.fixture
-def good(folder: Path, package: Package) -> Judged:
+def good(package: Package) -> Judged:
     """A package that nothing speaks against."""
     return Judged(
-        folder=folder,
         package=package,
         losses=[3.0, 2.0],
         live_schema=SCHEMA,
@@ -133,7 +132,7 @@ def test_other_features_are_refused(good: Judged) -> None:
 
 def test_a_loss_that_is_not_a_number_is_refused(good: Judged) -> None:
     error = refusal(replace(good, losses=[1.0, float("nan")]))
-    assert isinstance(error, NotFiniteError)
+    assert isinstance(error, BadNumbersError)
     assert "1 losses" in str(error)
 
 
@@ -143,7 +142,7 @@ def test_a_weight_that_is_not_a_number_is_refused(good: Judged, value: float) ->
     before = weight.detach().clone()
     with torch.no_grad():
         weight.view(-1)[0] = value
-        assert isinstance(refusal(good), NotFiniteError)
+        assert isinstance(refusal(good), BadNumbersError)
         weight.copy_(before)
 
 

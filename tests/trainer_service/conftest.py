@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
 import uuid
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from compose.settings import Settings, load_settings
 from features.redis import StateStore, connect
+from scoring.signature import RECOMMEND_MODEL
 from streams.kafka import KafkaConfig, ensure_topics
 from streams.topics import Topics
-from tests.small import SMALL
+from tests.servers import local_stack
+from tests.small import REPOSITORY, SMALL
 from tests.trainer_service.installation import small
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from compose.local.stack import LocalStack
 
@@ -30,14 +33,38 @@ def installation(stack: LocalStack, generation: int, tmp_path: Path) -> Callable
     )
 
 
+@pytest.fixture(scope="module")
+def own_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repository without versions."""
+    return shutil.copytree(
+        REPOSITORY / "model_repo",
+        tmp_path_factory.mktemp("trainer") / "model_repo",
+        ignore=lambda folder, names: [
+            name for name in names if name.isdecimal() and Path(folder).name != RECOMMEND_MODEL
+        ],
+    )
+
+
+@pytest.fixture(scope="module")
+def own_stack(own_repository: Path) -> Iterator[LocalStack]:
+    """Servers of this area's own: publishing clears up versions that are not live, whose ever."""
+    with local_stack(
+        run_dir=own_repository.parent,
+        model_repository=own_repository,
+        triton_environment={
+            "MOVELINE_REDIS__URL": "{redis}",
+            "MOVELINE_KAFKA__BOOTSTRAP": "{kafka}",
+        },
+    ) as running:
+        yield running
+
+
 @pytest.fixture
 def served(
-    triton_stack: LocalStack, model_repository: Path, generation: int, tmp_path: Path
+    own_stack: LocalStack, own_repository: Path, generation: int, tmp_path: Path
 ) -> Callable[..., Settings]:
     """Makes the same with a Triton that answers."""
-    return lambda **training: _settings(
-        triton_stack, generation, tmp_path, model_repository, training
-    )
+    return lambda **training: _settings(own_stack, generation, tmp_path, own_repository, training)
 
 
 def _settings(

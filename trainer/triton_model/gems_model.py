@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,15 @@ import triton_python_backend_utils as pb_utils
 from torch.utils.dlpack import from_dlpack
 
 _OUTPUTS = ("item_id", "score", "contribution")
+
+
+def _refuse_changed(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise if a file is not the one that was published: Triton then keeps what it has loaded."""
+    for name, expected in manifest.get("published_files", {}).items():
+        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
+            raise pb_utils.TritonModelException(
+                f"{folder / name} was changed after it was published: publish the model again."
+            )
 
 
 def _read(request: Any, name: str) -> torch.Tensor:  # noqa: ANN401 - Triton's objects are untyped
@@ -29,6 +39,7 @@ class TritonPythonModel:
         torch.set_num_threads(1)
         folder = Path(args["model_repository"]) / args["model_version"]
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        _refuse_changed(folder, manifest)
         self.names = [spec["name"] for spec in manifest["inputs"]]
         raw = bytearray((folder / "item_ids.i64").read_bytes())
         self.item_ids = torch.frombuffer(raw, dtype=torch.int64)

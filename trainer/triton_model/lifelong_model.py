@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,15 @@ from torch.utils.dlpack import from_dlpack
 _OUTPUTS = ("state", "count")
 # Users and events of the warm-up call.
 _WARM_UP_SHAPE = (2, 64)
+
+
+def _refuse_changed(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise if a file is not the one that was published: Triton then keeps what it has loaded."""
+    for name, expected in manifest.get("published_files", {}).items():
+        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
+            raise pb_utils.TritonModelException(
+                f"{folder / name} was changed after it was published: publish the model again."
+            )
 
 
 def _read(request: Any, name: str) -> torch.Tensor:  # noqa: ANN401 - Triton's objects are untyped
@@ -31,6 +41,7 @@ class TritonPythonModel:
         torch.set_num_threads(1)
         folder = Path(args["model_repository"]) / args["model_version"]
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        _refuse_changed(folder, manifest)
         self.names = [spec["name"] for spec in manifest["compressor_inputs"]]
         self.compressor = torch.export.load(folder / "compressor.pt2").module()
         with torch.inference_mode():

@@ -1,0 +1,23 @@
+"""One installation for all tests of publishing: each goes on from where the one before ended."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from benchmarks.publish_bench import installation
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from benchmarks.publish_bench import Installation
+
+
+@pytest.fixture(scope="package")
+def bench() -> Iterator[Installation]:
+    """Real servers in which a version is live and another was before."""
+    with installation() as one:
+        for package in one.packages:
+            one.publish(package)
+        yield one
