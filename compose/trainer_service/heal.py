@@ -54,13 +54,7 @@ def interrupted(runs: Runs) -> RunRecord | None:
 
 def _ended(settings: Settings, record: RunRecord) -> RunRecord:
     served = find_served(settings)
-    is_live = (
-        served is not None
-        and served.facts is not None
-        and record.created_ms is not None
-        and served.facts.created_ms == record.created_ms
-    )
-    if is_live and served is not None:
+    if served is not None and served.is_of(record.created_ms):
         return msgspec.structs.replace(
             record,
             state="published",

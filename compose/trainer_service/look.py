@@ -50,6 +50,10 @@ class Served:
     facts: PackageFacts | None
     package: Path | None
 
+    def is_of(self, created_ms: int | None) -> bool:
+        """Return whether it was made from the package that was made then."""
+        return self.facts is not None and self.facts.created_ms == created_ms
+
 
 def look(settings: Settings) -> Seen:
     """Return what there is at this moment.

@@ -191,7 +191,7 @@ class _Attempt:
         self._lease.check()
         with self._phase("publish"):
             self._publish(made)
-        self._end("published", "")
+        self._end("published", self.record.says)
 
     def _window(self, before: RunRecord | None) -> LakeWindow:
         if before is not None:
@@ -255,13 +255,20 @@ class _Attempt:
         made.folder.rename(package)
         self._note(package=str(package))
         try:
-            live = publish_package(self._settings, package, token=token)
-        except BaseException:
-            # Not a package that `moveline publish` would find as the newest.
-            package.rename(made.folder)
-            self._note(package=str(made.folder))
-            raise
-        self._note(version=live.version)
+            version, says = publish_package(self._settings, package, token=token).version, ""
+        except BaseException as error:
+            served = find_served(self._settings)
+            if served is None or not served.is_of(made.created_ms):
+                # Not a package that `moveline publish` would find as the newest.
+                package.rename(made.folder)
+                self._note(package=str(made.folder))
+                raise
+            if not isinstance(error, _FAILURES):
+                raise
+            # The record of truth names it already, so it is live, or will be in a moment.
+            log.warning("version %s is live, but: %s", served.version, error)
+            version, says = served.version, str(error)
+        self._note(version=version, says=says)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

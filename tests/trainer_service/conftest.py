@@ -13,6 +13,7 @@ import pytest
 from compose.settings import Settings, load_settings
 from features.redis import StateStore, connect
 from scoring.signature import RECOMMEND_MODEL
+from scoring.triton import TritonServer
 from streams.kafka import KafkaConfig, ensure_topics
 from streams.topics import Topics
 from tests.servers import local_stack
@@ -56,6 +57,8 @@ def own_stack(own_repository: Path) -> Iterator[LocalStack]:
             "MOVELINE_KAFKA__BOOTSTRAP": "{kafka}",
         },
     ) as running:
+        with TritonServer(running.addresses.triton_grpc) as server:
+            server.load(RECOMMEND_MODEL)
         yield running
 
 

@@ -17,6 +17,7 @@ from compose.trainer_service.heal import CHECKPOINT_FOLDER, DRAFT_FOLDER, KILLED
 from compose.trainer_service.look import find_served, look
 from compose.trainer_service.one_run import TrainerBusyError, run_once
 from compose.trainer_service.records import RunRecord, run_name, runs_of
+from features.errors import StoreUnavailableError
 from features.keys import TRAINER_LEASE_KEY
 from features.lake import file_name, partition_folder
 from features.lease import Lease, holder
@@ -172,6 +173,32 @@ def test_versions_follow_one_another_and_keep_what_must_not_move(
     # Without the package there is nothing to go on from.
     after.package.rename(settings.run_dir / "elsewhere")
     assert "not in the models folder" in look(settings).missing
+
+
+@pytest.mark.usefixtures("small_runs")
+def test_what_goes_wrong_after_going_live_is_said_and_not_undone(
+    installation: Callable[..., Settings],
+) -> None:
+    """Without Triton: publishing is replaced by what it has done when Redis goes away in it."""
+    settings = installation()
+    add_events(settings, seed=0)
+    kafka, topics = kafka_of(settings)
+
+    def point(settings: Settings, package: Path, *, token: int) -> None:
+        folder = settings.model_repository / "gems" / "9"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_bytes((package / "manifest.json").read_bytes())
+        write_pointers(kafka, topics, Pointers(model_version=9, generation=1, token=token))
+        raise StoreUnavailableError("Redis went away")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("compose.trainer_service.one_run.publish_package", point)
+        record = run_once(settings)
+    assert (record.state, record.version) == ("published", 9)
+    assert record.says == "Redis went away"
+    served = find_served(settings)
+    assert served is not None
+    assert str(served.package) == record.package
 
 
 @pytest.mark.usefixtures("small_runs")
