@@ -150,10 +150,14 @@ class Service:
             if time.monotonic() > killed_at_s:
                 log.warning("the run does not end and is killed")
                 child.kill()
+        code = child.exitcode
         child.close()
         self._metrics.running.set(0)
         newest = self._runs.newest()
-        if newest is not None and newest != before and newest.state != "running":
+        if newest == before and code and not told:
+            # Nobody else would make the next one wait.
+            self._record("failed", action.why, f"a run ended with code {code} before it began")
+        elif newest is not None and newest != before and newest.state != "running":
             self._metrics.add(newest)
 
 

@@ -128,6 +128,8 @@ def test_a_gate_refuses_and_leaves_what_is_live(installation: Callable[..., Sett
     assert not draft.exists()
 
 
+# Two trainings, two publications and four exported graphs, loaded: a minute on a quiet machine.
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("small_runs")
 def test_versions_follow_one_another_and_keep_what_must_not_move(
     served: Callable[..., Settings],

@@ -217,6 +217,28 @@ def test_without_redis_it_records_a_failure_and_waits(
     assert runs.all() == [record]
 
 
+def broken_child(settings: Settings, why: str, parent: int) -> None:
+    """Stand for a run whose program cannot even begin, as with a broken installation."""
+    del settings, why, parent
+    sys.exit(3)
+
+
+def test_a_run_that_cannot_begin_is_a_failure_too(
+    installation: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = installation()
+    add_events(settings, seed=0)
+    runs = runs_of(settings.models)
+    service = Service(settings, runs, TrainerMetrics())
+    monkeypatch.setattr("compose.trainer_service.service.run_child", broken_child)
+    action = service.turn()
+    assert isinstance(action, Run)
+    service._have_run(action, threading.Event())
+    (record,) = runs.all()
+    assert (record.state, record.says) == ("failed", "a run ended with code 3 before it began")
+    assert isinstance(service.turn(), Wait)
+
+
 def test_serving_ends_when_it_is_told_to(installation: Callable[..., Settings]) -> None:
     settings = installation()
     stop = threading.Event()
