@@ -13,10 +13,13 @@ import resource
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from compose.publishing import publish_package
 from compose.settings import load_settings
-from trainer.publish import Step
+
+if TYPE_CHECKING:
+    from trainer.publish import Step
 
 
 def main() -> None:

@@ -123,13 +123,32 @@ class StateSettings(_Section):
 
 
 class TrainingSettings(_Section):
-    """Where and how `moveline train` computes, and what it leaves besides the package."""
+    """How models are trained; from `every_s` on, what the trainer service adds to `moveline train`.
+
+    docs/trainer.md says what each decides.
+    """
 
     device: Literal["cpu", "cuda", "auto"] = "cpu"
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpoints: Path = Path("checkpoints")
     checkpoint_every_steps: int = Field(default=500, ge=1)
     tensorboard: Path | None = None
+    every_s: float = Field(default=21_600, gt=0)
+    every_events: int = Field(default=1_000_000, ge=0)
+    full_every_s: float = Field(default=604_800, ge=0)
+    window_days: float = Field(default=90, gt=0)
+    events_min: int = Field(default=1_000, ge=0)
+    lag_max: int = Field(default=100_000, ge=0)
+    budget_s: float = Field(default=600, gt=0)
+    epochs: float = Field(default=1.0, gt=0)
+    threads: int = Field(default=1, ge=1, le=1_024)
+    held_out_share: float = Field(default=0.1, gt=0, lt=1)
+    quality_margin: float = Field(default=0.01, ge=0, le=1)
+    latency_ms: float = Field(default=250, gt=0)
+    lease_s: float = Field(default=30, ge=1)
+    run_s_max: float = Field(default=14_400, gt=0)
+    metrics_host: str = "0.0.0.0"  # noqa: S104 - Prometheus scrapes from elsewhere
+    metrics_port: int = Field(default=9466, ge=0, le=65_535)
 
 
 class SourcesSettings(_Section):

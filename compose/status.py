@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import urllib.error
 import urllib.request
+from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -11,7 +12,10 @@ from rich.table import Table
 
 from compose.cli.options import kafka_of, stores_of
 from compose.local.stack import LocalStack
+from compose.trainer_service.look import find_served
+from compose.trainer_service.records import RunRecordError, runs_of
 from features import lake
+from features.clock import now_ms
 from features.errors import FeatureError
 from features.redis import count_users
 from scoring.errors import ScoringError
@@ -39,6 +43,7 @@ def print_status(settings: Settings, console: Console) -> bool:
         _topics,
         _state,
         _models,
+        _trainer,
         _event_log,
         _freshness,
     )
@@ -46,7 +51,7 @@ def print_status(settings: Settings, console: Console) -> bool:
     for part in parts:
         try:
             part(settings, console)
-        except (StreamError, FeatureError, ScoringError) as error:
+        except (StreamError, FeatureError, ScoringError, RunRecordError) as error:
             console.print(f"[red]{error}[/red]")
             complete = False
     return complete
@@ -113,6 +118,17 @@ def _models(settings: Settings, console: Console) -> None:
             for version, state, reason in found or [(0, "not loaded", "")]:
                 table.add_row(model, str(version or "-"), f"{state} {reason}".strip())
         console.print(table)
+
+
+def _trainer(settings: Settings, console: Console) -> None:
+    served = find_served(settings)
+    if served is not None and served.facts is not None:
+        age = timedelta(seconds=(now_ms() - served.facts.created_ms) // 1000)
+        console.print(f"version {served.version} was trained {age} ago")
+    newest = runs_of(settings.models).newest()
+    if newest is not None:
+        says = f": {newest.says}" if newest.says else ""
+        console.print(f"newest run of the trainer: {newest.run} {newest.state}{says}")
 
 
 def _event_log(settings: Settings, console: Console) -> None:

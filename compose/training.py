@@ -81,7 +81,7 @@ def train_package(settings: Settings, request: TrainRequest) -> TrainResult | No
     config = stores_of(settings)[0].config
     with joined(settings.training.device) as ranks:
         events = training_log(settings, config, ranks, resume=request.resume)
-        how = _train_config(settings, request, config), _outputs(settings, resume=request.resume)
+        how = train_config(settings, request, config), _outputs(settings, resume=request.resume)
         if request.warm is None:
             trained = train_model(events.log, *how)
         else:
@@ -118,7 +118,8 @@ def _outputs(settings: Settings, *, resume: bool) -> Outputs:
     )
 
 
-def _train_config(settings: Settings, request: TrainRequest, config: StateConfig) -> TrainConfig:
+def train_config(settings: Settings, request: TrainRequest, config: StateConfig) -> TrainConfig:
+    """Return what to train for a generation's rules, how long and how."""
     return TrainConfig(
         half_life_h=settings.sources.half_life_h,
         model=GemsConfig(num_recent=config.recent, num_mid=config.mid),

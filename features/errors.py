@@ -86,6 +86,12 @@ class LakeBusyError(LakeError):
     retriable = True
 
 
+class LeaseLostError(FeatureError):
+    """What this process held alone may be somebody else's by now."""
+
+    retriable = True
+
+
 class EntityFrameError(FeatureError, ValueError):
     """A frame of users and times cannot be joined with the views asked for."""
 

@@ -114,6 +114,7 @@ DOMAINS_KEY: Final = f"{PREFIX}:domains"
 TRENDING_KEY: Final = f"{PREFIX}:trending"
 LIVE_MEMORIES_KEY: Final = f"{PREFIX}:live-memories"
 WITHDRAWN_KEY: Final = f"{PREFIX}:withdrawn"
+TRAINER_LEASE_KEY: Final = f"{PREFIX}:trainer-lease"
 
 
 def parse_generation(name: str) -> int:

@@ -55,3 +55,31 @@ class DeviceError(TrainerError, ValueError):
 
 class CheckpointError(TrainerError):
     """A checkpoint is damaged, or belongs to another run."""
+
+
+class GateError(TrainerError):
+    """A package is not good enough to be published; what is live stays live."""
+
+
+class BadNumbersError(GateError):
+    """A weight, a score or the loss is infinite or not a number."""
+
+
+class OtherFeaturesError(GateError):
+    """The package reads other features than the live generation holds."""
+
+
+class IllegalItemError(GateError):
+    """The package answered with an item that it must not name."""
+
+
+class TooSlowError(GateError):
+    """The package answers too slowly."""
+
+
+class WorseThanRivalError(GateError):
+    """A ranking that needs no model is as good on the held-out window."""
+
+
+class WorseThanServedError(GateError):
+    """The served version may be better on the held-out window."""

@@ -22,6 +22,7 @@ from compose.cli import (
     repartition,
     skew,
     stack,
+    trainer,
     versions,
 )
 from compose.errors import ComposeError
@@ -49,6 +50,7 @@ data.register(app)
 lake.register(app)
 lifelong.register(app)
 models.register(app)
+trainer.register(app)
 versions.register(app)
 answers.register(app)
 operate.register(app)

@@ -30,7 +30,7 @@ COPY model_repo model_repo
 
 # User 1000 is also Triton's user in its image: both own the model volume, whoever mounts it first.
 RUN useradd --uid 1000 --create-home moveline \
-    && install --directory --owner=moveline --group=moveline /models /lake
+    && install --directory --owner=moveline --group=moveline /models /lake /packages
 USER moveline
 WORKDIR /home/moveline
 

@@ -27,11 +27,12 @@ SETTINGS = frozenset(
         "MOVELINE_TRITON__HTTP",
         "MOVELINE_LAKE__PATH",
         "MOVELINE_MODEL_REPOSITORY",
+        "MOVELINE_MODELS",
         "MOVELINE_GENERATION",
     },
 )
 # Sub-commands of the console script that the services call.
-COMMANDS = frozenset({"worker", "nearline", "lake", "train", "publish", "topics create"})
+COMMANDS = frozenset({"worker", "nearline", "lake", "trainer run", "topics create"})
 # Ends with a version of at least two numbers: "26.08-py3", "v3.14.0", "8.2.10-bookworm".
 PINNED = re.compile(r"^[\w./-]+:v?\d+\.\d+[\w.-]*$")
 # A lone dollar; "$$" is Compose's way to write a plain one.
@@ -253,7 +254,9 @@ def test_paths_in_settings_are_mounted_where_they_are_used(compose_file: dict[st
     services: Services = compose_file["services"]
     assert "lake:/lake" in services["lake"]["volumes"]
     assert "lake:/lake:ro" in services["worker"]["volumes"]
-    assert {"lake:/lake:ro", "models:/models"} <= set(services["trainer"]["volumes"])
+    trainer = {"lake:/lake:ro", "models:/models", "packages:/packages"}
+    assert trainer <= set(services["trainer"]["volumes"])
+    assert services["trainer"]["environment"]["MOVELINE_MODELS"] == "/packages"
     assert "models:/models:ro" in services["triton"]["volumes"]
     assert "--model-repository=/models" in services["triton"]["command"]
 
@@ -266,11 +269,8 @@ def test_mounted_files_exist(compose_file: dict[str, Any], repository: Path) -> 
 
 def test_services_call_commands_that_the_console_script_has(compose_file: dict[str, Any]) -> None:
     services: Services = compose_file["services"]
-    servers = ("worker", "nearline", "lake", "topics")
-    called = {" ".join(services[name]["command"]) for name in servers}
-    (line,) = services["trainer"]["command"]
-    called |= {part.strip().removeprefix("moveline ") for part in line.split("&&")}
-    assert called == COMMANDS
+    servers = ("worker", "nearline", "lake", "trainer", "topics")
+    assert {" ".join(services[name]["command"]) for name in servers} == COMMANDS
 
 
 def test_our_images_carry_the_version_of_the_project(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from compose.settings import TrainingSettings
 from streams import nearline_metrics
 from streams.metrics import METRICS_PORT_DEFAULT, WorkerMetrics
 
@@ -139,7 +140,11 @@ def test_prometheus_scrapes_services_that_exist(
 ) -> None:
     config = yaml_reader(repository / "compose" / "prometheus" / "prometheus.yml")
     jobs = {job["job_name"]: job for job in config["scrape_configs"]}
-    ports = {"worker": METRICS_PORT_DEFAULT, "nearline": nearline_metrics.METRICS_PORT_DEFAULT}
+    ports = {
+        "worker": METRICS_PORT_DEFAULT,
+        "nearline": nearline_metrics.METRICS_PORT_DEFAULT,
+        "trainer": TrainingSettings().metrics_port,
+    }
     assert set(jobs) == {*ports, "triton", "prometheus"}
     for name, port in ports.items():
         (lookup,) = jobs[name]["dns_sd_configs"]

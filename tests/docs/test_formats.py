@@ -16,6 +16,7 @@ from tritonclient.grpc import model_config_pb2
 
 from compose.cli import app
 from compose.settings import Settings
+from compose.trainer_service.metrics import TrainerMetrics
 from features import keys, nearline
 from features.catalogue import Item
 from features.config import DEFAULT_ACTIONS
@@ -244,6 +245,7 @@ def test_metrics(formats: str, table: Table, repository: Path) -> None:
     for header, metrics in (
         ("metric", WorkerMetrics()),
         ("near-line metric", NearlineMetrics()),
+        ("trainer metric", TrainerMetrics()),
     ):
         exported = {family.name for family in metrics.registry.collect()}
         named = first_names(table(formats, header, "counts or measures"))
