@@ -19,6 +19,10 @@ K_MAX: Final = 100
 K_DEFAULT: Final = 10
 # What min_position waits at most on the server, whatever the caller asks: it holds a slot.
 WAIT_MS_MAX: Final = 5_000
+# What a request without a deadline gets, and the longest that one may ask for.
+DEADLINE_MS_MAX: Final = 10_000
+# Items one request may have ranked: as many as the retrieval model's input holds.
+CANDIDATES_MAX: Final = 512
 # Users in one request: beyond it a request starves the others of its instance.
 USERS_MAX: Final = 64
 
@@ -40,8 +44,13 @@ class Degraded(IntFlag):
     POSITION_NOT_REACHED = 8
     FEW_CANDIDATES = 16
     LIFELONG = 32
+    MID_TERM = 64
+    DEADLINE = 128
+    NO_TRENDING = 256
 
 
+# Shares in the `contribution` output: recent, mid-term, lifelong.
+NUM_CONTRIBUTIONS: Final = 3
 # Columns of the `provenance` output, INT64 [B, 7].
 PROVENANCE: Final = (
     "model_version",

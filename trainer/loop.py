@@ -308,9 +308,7 @@ def _train(
         _judge(run, position, judge)
     if position.best is not None:
         run.learner.load_state_dict(position.best)
-    return Fitted(
-        position.losses, run.num_steps, position.num_tokens, clock() - started, ended_by
-    )
+    return Fitted(position.losses, run.num_steps, position.num_tokens, clock() - started, ended_by)
 
 
 def _enter(stages: Sequence[Stage], entered: int, done: float) -> int:

@@ -39,6 +39,13 @@ def recommend(
         ),
     ] = None,
     exclude_seen: Annotated[bool, typer.Option(help="Leave out items seen lately.")] = False,
+    candidate: Annotated[
+        list[str] | None,
+        typer.Option(help="Rank this item and return no other; give it once for each."),
+    ] = None,
+    domain: Annotated[
+        str | None, typer.Option(help="Only items of this domain, as its events name it.")
+    ] = None,
     deadline: Annotated[float, typer.Option(help="Seconds for the whole call.")] = 2.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per user.")] = False,
     triton: options.Triton = None,
@@ -55,6 +62,8 @@ def recommend(
             k=k,
             min_position=_position(min_position),
             exclude_seen=exclude_seen,
+            candidates=candidate or None,
+            domain=domain,
             deadline_s=deadline,
         )
     _, catalogue = options.stores_of(settings)
@@ -91,7 +100,7 @@ def answer_table(answer: Answer, catalogue: CatalogueStore) -> Table:
     """Return one answer as a table: names, scores, provenance."""
     source = answer.provenance
     age = "none" if source.newest_event_age_ms is None else _duration(source.newest_event_age_ms)
-    recent, mid, lifelong = (f"{share:.0%}" for share in source.contribution)
+    recent, mid, lifelong = (f"{share:.0%}" for share in source.contribution[:3])
     table = Table(
         title=f"user {answer.user_id}",
         caption=(

@@ -50,6 +50,7 @@ class Model:
         streams: StreamBatch,
         excluded: Sequence[Sequence[int]],
         withdrawn: frozenset[int],
+        **_: object,
     ) -> Retrieved:
         """Answer."""
         del version, withdrawn

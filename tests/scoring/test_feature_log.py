@@ -37,12 +37,12 @@ NOWHERE = KafkaConfig("127.0.0.1:9")
 ITEMS = [100, 101, 102]
 
 
-def model(*asked: object) -> Retrieved:
+def model(*asked: object, **_: object) -> Retrieved:
     size = len(asked[1].ordinal_B)  # type: ignore[attr-defined]
     return Retrieved([ITEMS] * size, [[0.0, -1.0, -2.0]] * size, [[0.5, 0.3, 0.2]] * size)
 
 
-def away(*_: object) -> Retrieved:
+def away(*_: object, **__: object) -> Retrieved:
     raise RetrievalError("gone")
 
 

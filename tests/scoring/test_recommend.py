@@ -49,6 +49,7 @@ class FakeModel:
         streams: StreamBatch,
         excluded: Sequence[Sequence[int]],
         withdrawn: frozenset[int],
+        **_: object,
     ) -> Retrieved:
         """Answer as a model would that ignores what it must not return."""
         self.asked.append((version, streams, excluded, withdrawn))
@@ -57,11 +58,11 @@ class FakeModel:
         return Retrieved([self.item_ids] * size, [scores] * size, [[0.5, 0.3, 0.2]] * size)
 
 
-def away(*_: object) -> Retrieved:
+def away(*_: object, **__: object) -> Retrieved:
     raise RetrievalError("gone")
 
 
-def never(*_: object) -> Retrieved:
+def never(*_: object, **__: object) -> Retrieved:
     raise AssertionError("the model must not be asked")
 
 
@@ -242,7 +243,7 @@ def test_a_caller_cannot_hold_a_slot_for_longer_than_the_limit(
     live: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The client limits its wait, but the server must not have to trust its callers."""
-    monkeypatch.setattr("scoring.recommend.WAIT_MS_MAX", 100)
+    monkeypatch.setattr("scoring.reading.WAIT_MS_MAX", 100)
     started = time.monotonic()
     (one,) = answer([Ask(5, 1, 0, 0, 3_600_000)], live, never, NOW_MS)
     assert time.monotonic() - started < 5
