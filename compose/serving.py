@@ -49,23 +49,31 @@ def has_version(model_folder: Path) -> bool:
 def flip(settings: Settings, kafka: KafkaConfig, topics: Topics, version: int) -> float:
     """Make a ready version the live one; return the seconds until answers carry it.
 
-    First the control topic, the record of truth, then Redis, which every answer follows.
-
     Raises:
         MemoryVersionError: too many users lack memories of the version that it reads.
         FlipNotSeenError: answers did not carry the version within FLIP_TIMEOUT_S.
     """
-    catalogue = CatalogueStore(connect(settings.redis.url))
     recorded = read_pointers(kafka, topics)
     generation = recorded.generation if recorded else settings.generation_number
     memory = memory_of(settings.model_repository, version)
     if memory is not None:
         make_ready(settings, kafka, topics, generation, memory)
     pointers = Pointers(version, generation, memory.memory_version if memory else None)
+    return point(settings, kafka, topics, pointers)
+
+
+def point(settings: Settings, kafka: KafkaConfig, topics: Topics, pointers: Pointers) -> float:
+    """Make these the live pointers; return the seconds until answers follow.
+
+    First the control topic, the record of truth, then Redis, which every answer follows.
+
+    Raises:
+        FlipNotSeenError: answers did not carry the version within FLIP_TIMEOUT_S.
+    """
     started = time.monotonic()
     write_pointers(kafka, topics, pointers)
-    catalogue.put_pointers(pointers)
-    _await_version(settings.triton.grpc, version, started)
+    CatalogueStore(connect(settings.redis.url)).put_pointers(pointers)
+    _await_version(settings.triton.grpc, pointers.model_version or 0, started)
     return time.monotonic() - started
 
 

@@ -165,7 +165,8 @@ class Installation:
                 f"(--max-lag): let it catch up first: moveline worker --generation g{generation}"
             )
         if model_version is None and before is not None:
-            after = msgspec.structs.replace(before, generation=generation)
+            # What a canary showed, it showed in the generation it began in.
+            after = msgspec.structs.replace(before, generation=generation, canary=None)
         else:
             after = Pointers(model_version, generation, memory_version)
         if after.memory_version is not None:

@@ -12,6 +12,7 @@ from rich.logging import RichHandler
 
 from compose.cli import (
     answers,
+    canary,
     data,
     forget,
     lake,
@@ -48,6 +49,7 @@ data.register(app)
 lake.register(app)
 lifelong.register(app)
 models.register(app)
+canary.register(app)
 answers.register(app)
 operate.register(app)
 repartition.register(app)

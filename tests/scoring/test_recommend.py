@@ -42,6 +42,8 @@ class FakeModel:
     asked: list[tuple[int, StreamBatch, Sequence[Sequence[int]], frozenset[int]]] = field(
         default_factory=list
     )
+    candidates: list[Sequence[int]] = field(default_factory=list)
+    in_domain: list[int] = field(default_factory=list)
 
     def __call__(
         self,
@@ -49,9 +51,12 @@ class FakeModel:
         streams: StreamBatch,
         excluded: Sequence[Sequence[int]],
         withdrawn: frozenset[int],
-        **_: object,
+        *,
+        candidates: Sequence[Sequence[int]],
+        in_domain: Sequence[int],
     ) -> Retrieved:
         """Answer as a model would that ignores what it must not return."""
+        self.candidates, self.in_domain = list(candidates), list(in_domain)
         self.asked.append((version, streams, excluded, withdrawn))
         size = len(streams.ordinal_B)
         scores = [-float(place) for place in range(len(self.item_ids))]

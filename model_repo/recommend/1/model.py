@@ -47,8 +47,8 @@ _INPUTS = ("user_id", "k", "min_partition", "min_offset", "wait_ms", "exclude_se
 _REDIS_TIMEOUT_S = 0.25
 # A request with less time is answered by itself: a batch has the time of its most hurried ask.
 _HURRIED_MS = 300
-# Requests of one instance that wait for a position or are hurried at a time; a thread and a Redis connection
-# each. One more waits for a thread first, within its deadline.
+# Requests of one instance that wait for a position or are hurried at a time; a thread and a Redis
+# connection each. One more waits for a thread first, within its deadline.
 _WAITING_MAX = 64
 
 
