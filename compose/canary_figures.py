@@ -126,7 +126,7 @@ class CanaryLog:
         ends = self._log.end_offsets()
         for batch in self._log.batches(self._positions, ends, self.config, keep=self._is_tried):
             for user, events in batch.by_user.items():
-                self.events[user] += events
+                self.events[user] += [one for one in events if not one.is_forget]
 
     def _is_tried(self, user_id: int) -> bool:
         return arm_of(user_id, self.canary) != LIVE

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from features.redis import CatalogueStore, Pointers, StateStore, Trending, connect
+from features.schema import schema_hash
 from scoring.client import Recommender
 from scoring.live import REFRESH_S
 from scoring.triton import TritonServer
@@ -111,7 +112,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
         created_ms=1_763_700_000_000,
         window_from={"0": 0},
         window_to={"0": 1},
-        feature_schema_hash="f" * 64,
+        feature_schema_hash=schema_hash(SMALL),
         metrics={"hr10_model": 0.5, "ndcg10_model": 0.25},
     )
     export(train(tiny_log(), tiny_training()), folder, provenance)
@@ -123,5 +124,17 @@ def version(package: Path, model_repository: Path, triton_stack: LocalStack) -> 
     """The small model's first version, published; later ones may come beside it."""
     from trainer.publish import publish  # noqa: PLC0415 - imports torch
 
+    with TritonServer(triton_stack.addresses.triton_grpc) as server:
+        return publish(package, model_repository, server).version
+
+
+@pytest.fixture(scope="session")
+def next_version(
+    version: int, package: Path, model_repository: Path, triton_stack: LocalStack
+) -> int:
+    """The same model once more, as the version after the first one; both stay loaded."""
+    from trainer.publish import publish  # noqa: PLC0415 - imports torch
+
+    del version
     with TritonServer(triton_stack.addresses.triton_grpc) as server:
         return publish(package, model_repository, server).version
