@@ -36,7 +36,7 @@ def within(
     try:
         return future.result(left_ms / 1000)
     except TimeoutError as error:
-        if future.done():
-            raise
+        if future.done() and future.exception() is error:
+            raise  # the call's own
         future.cancel()
         raise LateError(f"no answer within {left_ms:.0f} ms") from error

@@ -126,15 +126,3 @@ def version(package: Path, model_repository: Path, triton_stack: LocalStack) -> 
 
     with TritonServer(triton_stack.addresses.triton_grpc) as server:
         return publish(package, model_repository, server).version
-
-
-@pytest.fixture(scope="session")
-def next_version(
-    version: int, package: Path, model_repository: Path, triton_stack: LocalStack
-) -> int:
-    """The same model once more, as the version after the first one; both stay loaded."""
-    from trainer.publish import publish  # noqa: PLC0415 - imports torch
-
-    del version
-    with TritonServer(triton_stack.addresses.triton_grpc) as server:
-        return publish(package, model_repository, server).version

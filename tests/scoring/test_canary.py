@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ from features.feature_log import decode_served
 from features.redis import CatalogueStore, Pointers
 from scoring.arms import CANARY, CONTROL, SHADOW, arm_of
 from scoring.signature import RETRIEVAL_MODEL
+from scoring.triton import TritonServer
 from streams.control import read_pointers, write_pointers
 from streams.feature_log import read_feature_log
 from streams.kafka import KafkaConfig, ensure_topics
@@ -116,6 +118,22 @@ class Place:
             timeout=120,
             check=False,
         )
+
+
+@pytest.fixture(scope="module")
+def next_version(
+    version: int, package: Path, model_repository: Path, triton_stack: LocalStack
+) -> Iterator[int]:
+    """The same model once more, as the version after the first one; both are loaded."""
+    from trainer.publish import publish  # noqa: PLC0415 - imports torch
+
+    del version
+    with TritonServer(triton_stack.addresses.triton_grpc) as server:
+        published = publish(package, model_repository, server)
+        yield published.version
+        # Two versions stay loaded: the first one is to stay when others publish more of them.
+        shutil.rmtree(published.folder)
+        server.load(RETRIEVAL_MODEL)
 
 
 @pytest.fixture
@@ -305,4 +323,3 @@ def test_what_cannot_be_tried_is_refused(place: Place, monkeypatch: pytest.Monke
         with pytest.raises(SchemaMismatchError, match="moveline train"):
             start(place.settings, place.new, CanaryRequest())
     assert place.pointers().canary is None
-    assert RETRIEVAL_MODEL

@@ -1,4 +1,4 @@
-"""The commands beside a real worker: withdrawn items leave answers, positions of events are reached."""
+"""Beside a real worker: withdrawn items leave answers, and positions of events are reached."""
 
 from __future__ import annotations
 
