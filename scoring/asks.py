@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from scoring.arms import LIVE
-from scoring.signature import DEADLINE_MS_MAX, NUM_CONTRIBUTIONS, Degraded
+from scoring.signature import DEADLINE_MS_MAX, NO_CONTRIBUTION, Degraded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from features.config import StateConfig
     from features.state import UserState
     from features.view import Records, StreamBatch
-
-NO_CONTRIBUTION: Final = (0.0,) * NUM_CONTRIBUTIONS
+_HALF = 2**63
 
 
 class Ask(NamedTuple):
@@ -45,6 +44,11 @@ class Ask(NamedTuple):
     candidates: tuple[int, ...] = ()
     in_domain: int = 0
     deadline_ms: int = 0
+
+    @property
+    def signed_domain(self) -> int:
+        """The domain's hash as tensors carry it: the same 64 bits, read as a signed number."""
+        return (self.in_domain + _HALF) % (2 * _HALF) - _HALF
 
     @property
     def num_wanted(self) -> int:
@@ -121,7 +125,7 @@ class Retrieve(Protocol):
         candidates: Sequence[Sequence[int]],
         in_domain: Sequence[int],
     ) -> Retrieved:
-        """Return the items for each row of the batch."""
+        """Return the items for each row of the batch; domains are hashes, their bits as signed."""
         ...
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
@@ -15,6 +14,7 @@ from features.config import StateConfig
 from features.errors import StoreError
 from features.nearline import read_domain_trending
 from features.redis import CatalogueStore, StateStore, Trending
+from scoring.within import Calls
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -28,8 +28,6 @@ REFRESH_S: Final = 1.0
 # Domains whose trending items are kept fresh, as many as have a list of their own; of more, the
 # one that was asked for first is read again when it is next asked for.
 DOMAINS_MAX: Final = 1_000
-# Readings and model calls that a deadline may overtake, at a time; one more waits for a thread.
-CALLS_MAX: Final = 64
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Live:
     def __init__(self, client: RedisClient) -> None:
         self.client = client
         self.snapshot = Snapshot()
-        self.pool = ThreadPoolExecutor(CALLS_MAX, thread_name_prefix="moveline-call")
+        self.reads, self.models = Calls("read"), Calls("model")
         self._domains: OrderedDict[int, Trending] = OrderedDict()
         self._changing_domains = threading.Lock()
         self._stop = threading.Event()
@@ -77,7 +75,8 @@ class Live:
         """End the thread."""
         self._stop.set()
         self._thread.join()
-        self.pool.shutdown()
+        self.reads.close()
+        self.models.close()
 
     def learn_domains(self, domains: Iterable[int]) -> None:
         """Know the trending items of domains from now on.

@@ -6,13 +6,13 @@ import logging
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from features.errors import FeatureError, StoreUnavailableError
+from features.errors import CorruptRowError, FeatureError, StoreUnavailableError
 from features.keys import bucket_of, split_log_partition
 from features.lifelong_view import LifelongBatch, read_lifelong
 from features.store import read_users
 from scoring.ladder import FULL_MS_MIN
 from scoring.signature import WAIT_MS_MAX, Degraded
-from scoring.within import LateError, within
+from scoring.within import LateError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,6 +44,9 @@ def read_when_reached(
     """Read every user's state once the positions asked for are reached, or time is up.
 
     Returns what was read, a row for each draft; None when Redis did not answer.
+
+    Raises:
+        CorruptRowError: of several rows one is damaged: ask for each user by itself.
     """
     started, pause_s = time.monotonic(), _POLL_S
     behind: list[Draft] = []
@@ -51,6 +54,8 @@ def read_when_reached(
         try:
             found, behind = _look(drafts, behind, live, snapshot, now_ms, budget)
         except (FeatureError, LateError) as error:
+            if isinstance(error, CorruptRowError) and len(drafts) > 1:
+                raise
             log.warning("state not read: %s", error)
             for draft in drafts:
                 draft.degraded |= Degraded.STORE_AWAY
@@ -89,8 +94,7 @@ def _look(
     """
     left_ms = budget.left_ms()
     is_short = left_ms < FULL_MS_MIN
-    look = within(
-        live.pool,
+    look = live.reads.within(
         left_ms,
         lambda: _fetch(drafts, behind, live, snapshot, now_ms, is_short=is_short),
         unhurried_ms=_UNHURRIED_MS,

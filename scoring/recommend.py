@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
+from features.errors import CorruptRowError
 from features.lifelong_view import LifelongBatch
 from features.view import PADDING_ITEM, StreamBatch
 from scoring.arms import CANARY, CONTROL, SHADOW, arm_of
@@ -33,7 +34,7 @@ from scoring.choose import excluded_of, fill, take_retrieved
 from scoring.ladder import MODEL_MS_MIN
 from scoring.reading import read_when_reached, users_of
 from scoring.signature import Degraded
-from scoring.within import LateError, within
+from scoring.within import LateError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -101,9 +102,18 @@ def _is_model_away(one: Answered) -> bool:
 
 
 def _answer(drafts: list[Draft], snapshot: Snapshot, call: _Call) -> list[Answered]:
-    """Return the answers of the snapshot's version to these drafts, in order."""
-    if not drafts:
-        return []
+    """Return the answers of the snapshot's version to these drafts, in order.
+
+    A damaged row costs its user the answer, and the others no more than the time.
+    """
+    try:
+        return _answer_together(drafts, snapshot, call) if drafts else []
+    except CorruptRowError:
+        alone = ([Draft(draft.ask, draft.arm)] for draft in drafts)
+        return [one for each in alone for one in _answer_together(each, snapshot, call)]
+
+
+def _answer_together(drafts: list[Draft], snapshot: Snapshot, call: _Call) -> list[Answered]:
     took, started_s = Took(), time.monotonic()
     found = None
     if call.budget.left_ms() < MODEL_MS_MIN:
@@ -180,8 +190,7 @@ def _retrieve(
         _mark(known, Degraded.DEADLINE)
         return
     try:
-        retrieved = within(
-            call.live.pool,
+        retrieved = call.live.models.within(
             left_ms,
             lambda: _ask(call.retrieve, snapshot, _whole(streams, snapshot), known),
             unhurried_ms=_UNHURRIED_MS,
@@ -221,7 +230,7 @@ def _ask(
         [excluded_of(draft) for draft in known],
         snapshot.withdrawn,
         candidates=[draft.ask.candidates for draft in known],
-        in_domain=[draft.ask.in_domain for draft in known],
+        in_domain=[draft.ask.signed_domain for draft in known],
     )
 
 

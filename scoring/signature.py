@@ -49,8 +49,8 @@ class Degraded(IntFlag):
     NO_TRENDING = 256
 
 
-# Shares in the `contribution` output: recent, mid-term, lifelong.
-NUM_CONTRIBUTIONS: Final = 3
+# Shares in the `contribution` output (recent, mid-term, lifelong) where no model spoke.
+NO_CONTRIBUTION: Final = (0.0, 0.0, 0.0)
 # Columns of the `provenance` output, INT64 [B, 7].
 PROVENANCE: Final = (
     "model_version",

@@ -5,11 +5,14 @@ And what must hold on every step: in time, counted on Triton's page, of one vers
 
 from __future__ import annotations
 
+import os
 import random
 import re
+import signal
 import threading
 import time
 import urllib.request
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +20,7 @@ import pytest
 
 from features.redis import Pointers, Trending, execute
 from scoring.ladder import FULL_MS_MIN, LADDER
-from scoring.signature import RECOMMEND_MODEL, Degraded
+from scoring.signature import RECOMMEND_MODEL, RETRIEVAL_MODEL, Degraded
 from tests.scoring.states import write_clicks
 from tests.scoring.test_served import frozen
 from tests.scoring.tiny import ITEM_IDS
@@ -192,6 +195,40 @@ def test_no_time_is_trending_items(
         assert ask_with(server, known, 5) is Degraded.DEADLINE
 
     is_counted_after(triton_stack, "deadline", ask)
+
+
+def gems_process(repository: Path) -> int:
+    """Return the process in which this Triton's model runs."""
+    mine = str(repository / RETRIEVAL_MODEL).encode()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes()
+        except OSError:
+            continue  # it ended meanwhile
+        if b"triton_python_backend_stub" in words and mine in words:
+            return int(path.parent.name)
+    raise AssertionError(f"no process runs a model of {repository}")
+
+
+def test_a_model_that_stands_still_is_an_answer_in_time(
+    known: int, recommender: Recommender, model_repository: Path, triton_stack: LocalStack
+) -> None:
+    process = gems_process(model_repository)
+
+    def ask() -> None:
+        started = time.monotonic()
+        answer = recommender.recommend(known, k=2, deadline_s=0.8)
+        assert time.monotonic() - started < 0.8
+        assert answer.provenance.degraded is Degraded.DEADLINE
+        assert answer.provenance.ordinal > 0
+        assert [one.item_id for one in answer.items] == [7, 8]
+
+    os.kill(process, signal.SIGSTOP)
+    try:
+        is_counted_after(triton_stack, "deadline", ask)
+    finally:
+        os.kill(process, signal.SIGCONT)
+    until(lambda: recommender.recommend(known).provenance.degraded is Degraded.NONE, 10)
 
 
 def test_trending_items_absent_is_an_empty_answer(

@@ -167,6 +167,21 @@ def test_a_row_that_is_no_row_degrades_the_answer(live: Live, store: StateStore)
     assert Degraded(provenance(one)["degraded"]) is Degraded.STORE_AWAY
 
 
+def test_a_row_that_is_no_row_costs_the_others_nothing(live: Live, store: StateStore) -> None:
+    for user in (5, 6, 7):
+        write_clicks(store, user, [1])
+    key = next(iter(store.client.keys("*:row:6")))
+    store.client.set(key, b"x" * 400)
+    answers = answer([Ask(user, 2) for user in (5, 6, 7, 8)], live, FakeModel(), NOW_MS)
+    assert [Degraded(provenance(one)["degraded"]) for one in answers] == [
+        Degraded.NONE,
+        Degraded.STORE_AWAY,
+        Degraded.NONE,
+        Degraded.UNKNOWN_USER,
+    ]
+    assert [one.item_ids for one in answers] == [[100, 101], [7, 8], [100, 101], [7, 8]]
+
+
 def test_withdrawn_repeated_and_missing_items_never_appear(
     live: Live, store: StateStore, catalogue: CatalogueStore
 ) -> None:

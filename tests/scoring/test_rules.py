@@ -59,7 +59,8 @@ def live(redis_client: redis.Redis, catalogue: CatalogueStore, store: StateStore
     one = Live(redis_client)
     one.snapshot = read_snapshot(catalogue, one.snapshot)
     yield one
-    one.pool.shutdown()
+    one.reads.close()
+    one.models.close()
 
 
 def flags(one: Answered) -> Degraded:
@@ -100,7 +101,9 @@ def test_a_domain_has_its_own_items(live: Live, store: StateStore) -> None:
     assert flags(known) is Degraded.FEW_CANDIDATES
     assert (unknown.item_ids, unknown.scores) == ([101, 70], [0.9, 0.8])
     assert flags(unknown) is Degraded.UNKNOWN_USER
-    assert model.in_domain == [HOME]
+    assert [domain % 2**64 for domain in model.in_domain] == [HOME]
+    for domain, bits in ((0, 0), (2**63 - 1, 2**63 - 1), (2**63, -(2**63)), (2**64 - 1, -1)):
+        assert Ask(5, 1, in_domain=domain).signed_domain == bits
     both = Ask(5, 10, in_domain=HOME, candidates=(103, 70, 100))
     (narrowed,) = answer([both], live, model, NOW_MS)
     assert narrowed.item_ids == [103, 70]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,11 +10,11 @@ import pytest
 from scoring.counts import SHADOW_DROPPED, STEPS, Counts, Metric, Teller
 from scoring.recommend import Ask
 from scoring.shadow import QUEUE_MAX, Shadow
-from scoring.within import LateError, within
+from scoring.within import LATE_MAX, Calls, LateError
 from tests.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 ASKS = [Ask(1, 2)]
 
@@ -88,22 +87,45 @@ def test_many_threads_count_and_one_tells() -> None:
     assert told[STEPS.name, "deadline"] == 1
 
 
-def test_a_call_is_waited_for_no_longer_than_there_is_time() -> None:
+@pytest.fixture
+def calls() -> Iterator[Calls]:
+    """Threads of the test's own."""
+    one = Calls("test")
+    yield one
+    one.close()
+
+
+def test_a_call_is_waited_for_no_longer_than_there_is_time(calls: Calls) -> None:
     release = threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        assert within(pool, 5_000, lambda: 7, unhurried_ms=100) == 7
-        assert within(pool, 50, threading.get_ident, unhurried_ms=100) != threading.get_ident()
-        with pytest.raises(LateError, match="within 20 ms"):
-            within(pool, 20, lambda: release.wait(10), unhurried_ms=100)
-        # The only thread is still busy with it.
-        with pytest.raises(LateError):
-            within(pool, 20, lambda: 7, unhurried_ms=100)
-        release.set()
+    assert calls.within(5_000, threading.get_ident, unhurried_ms=100) == threading.get_ident()
+    assert calls.within(90, threading.get_ident, unhurried_ms=100) != threading.get_ident()
+    with pytest.raises(LateError, match="within 20 ms"):
+        calls.within(20, lambda: release.wait(10), unhurried_ms=100)
+    assert calls.within(90, lambda: 7, unhurried_ms=100) == 7
+    release.set()
 
 
-def test_what_the_call_raises_is_raised() -> None:
+def test_what_stands_still_is_not_asked_again_until_it_goes_on(calls: Calls) -> None:
+    release = threading.Event()
+    for _ in range(LATE_MAX):
+        with pytest.raises(LateError, match="within 5 ms"):
+            calls.within(5, lambda: release.wait(10), unhurried_ms=100)
+    with pytest.raises(LateError, match=f"{LATE_MAX} calls before it have not ended"):
+        calls.within(90, lambda: 7, unhurried_ms=100)
+    release.set()
+
+    def goes_on() -> bool:
+        try:
+            return calls.within(90, lambda: True, unhurried_ms=100)
+        except LateError:
+            return False
+
+    until(goes_on, 10)
+
+
+def test_what_the_call_raises_is_raised(calls: Calls) -> None:
     def fails() -> int:
         raise TimeoutError("its own")
 
-    with ThreadPoolExecutor(1) as pool, pytest.raises(TimeoutError, match="its own"):
-        within(pool, 1_000, fails, unhurried_ms=5_000)
+    with pytest.raises(TimeoutError, match="its own"):
+        calls.within(1_000, fails, unhurried_ms=5_000)
