@@ -78,8 +78,6 @@ def point(
 ) -> float:
     """Make these the live pointers; return the seconds until the answers of every Triton follow.
 
-    First the control topic, the record of truth, then Redis, which every answer follows.
-
     Raises:
         StaleTokenError: somebody with a later token moved the pointers meanwhile.
         FlipNotSeenError: answers did not carry the version within FLIP_TIMEOUT_S.

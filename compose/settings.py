@@ -110,6 +110,23 @@ class FeatureLogSettings(_Section):
     share: float = Field(default=LOGGED_SHARE_DEFAULT, ge=0, le=1)
 
 
+class CanarySettings(_Section):
+    """By which rules a canary is promoted or taken back; see docs/serving.md."""
+
+    share: float = Field(default=0.05, gt=0, le=0.5)
+    users_min: int = Field(default=200, ge=2)
+    answers_min: int = Field(default=1_000, ge=1)
+    margin: float = Field(default=0.02, ge=0, le=1)
+    alpha: float = Field(default=0.05, gt=0, lt=1)
+    failed_margin: float = Field(default=0.01, ge=0, le=1)
+    latency_factor: float = Field(default=1.5, ge=1)
+    latency_floor_ms: float = Field(default=20.0, ge=0)
+    next_events: int = Field(default=5, ge=1, le=1_000)
+    window_s: int = Field(default=1_800, ge=1)
+    hours_max: float = Field(default=72.0, gt=0)
+    check_s: float = Field(default=60.0, gt=0)
+
+
 class StateSettings(_Section):
     """The rules of a new generation; an existing one keeps those it was built with."""
 
@@ -178,6 +195,7 @@ class Settings(BaseSettings):
     lake: LakeSettings = Field(default_factory=LakeSettings)
     worker: WorkerSettings = Field(default_factory=WorkerSettings)
     feature_log: FeatureLogSettings = Field(default_factory=FeatureLogSettings)
+    canary: CanarySettings = Field(default_factory=CanarySettings)
     state: StateSettings = Field(default_factory=StateSettings)
     training: TrainingSettings = Field(default_factory=TrainingSettings)
     sources: SourcesSettings = Field(default_factory=SourcesSettings)

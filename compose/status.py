@@ -105,6 +105,9 @@ def _state(settings: Settings, console: Console) -> None:
         if pointers is None
         else f"generation g{pointers.generation}, model version {pointers.model_version}"
     )
+    tried = None if pointers is None else pointers.canary
+    if tried is not None:
+        live += f", version {tried.version} tried as a {tried.mode} on {tried.share:.1%} of users"
     console.print(f"state: {users:,} users in g{store.generation}; live: {live}")
 
 

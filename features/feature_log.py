@@ -16,9 +16,10 @@ from features.errors import FeatureLogError
 from features.state import RECORD, RECORD_BYTES, Position
 from features.view import SessionView, UserView
 
-SERVED_VERSION: Final = 2
-# Records of version 1 say nothing of memories, for none was read.
-_READABLE: Final = frozenset({1, SERVED_VERSION})
+SERVED_VERSION: Final = 3
+# Records of version 1 say nothing of memories, for none was read; those of 2 nothing of candidates,
+# domain and arm, for there were none.
+_READABLE: Final = frozenset({1, 2, SERVED_VERSION})
 # One more than the largest hash, so that a share of 1.0 takes every user.
 _HASH_RANGE: Final = 2**64
 
@@ -43,6 +44,11 @@ class Served(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         degraded: flags of scoring.signature.Degraded.
         memory_version: of the memory that was read beside, None where the model reads none.
         num_folded: chunks in it; `mid` is then all else but the recent stream.
+        has_mid: False when time was too short to read more than the recent stream.
+        candidates: only these were asked for; empty for any.
+        in_domain: hash of the domain that was asked for, 0 for any.
+        arm: of a canary (scoring/arms.py).
+        took_ms: how long making the answer took, on the server.
     """
 
     served_at_ms: int
@@ -64,6 +70,11 @@ class Served(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     request_id: str = ""
     memory_version: str | None = None
     num_folded: int = 0
+    has_mid: bool = True
+    candidates: list[int] = []
+    in_domain: int = 0
+    arm: str = "live"
+    took_ms: float = 0.0
     v: int = SERVED_VERSION
 
     @property

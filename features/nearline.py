@@ -17,6 +17,7 @@ import numpy as np
 from features.chunks import decode_chunks
 from features.followers import changed_key, encode_followers, followers_key
 from features.keys import PREFIX, chunks_key, row_key
+from features.redis import Trending
 from features.redis_client import execute, mapped_errors, pipelined, run_script, scan_step
 from features.sources import HOUR_MS
 from features.state import RECORD
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from features.followers import Followers
-    from features.redis import Trending
     from features.redis_client import RedisClient
     from features.view import Records
 
@@ -68,6 +68,20 @@ def outbox_key(generation: int, bucket: int) -> str:
 def domain_trending_key(domain: int) -> str:
     """Return the key of one domain's trending items."""
     return f"{PREFIX}:trending:{domain}"
+
+
+def read_domain_trending(client: RedisClient, domains: Sequence[int]) -> dict[int, Trending | None]:
+    """Return the trending items of those domains, None for one that has no list.
+
+    Raises:
+        StoreError: Redis did not answer.
+    """
+    commands = [("GET", domain_trending_key(domain)) for domain in domains]
+    replies = pipelined(client, commands, "reading trending items by domain")
+    return {
+        domain: None if reply is None else msgspec.json.decode(reply, type=Trending)
+        for domain, reply in zip(domains, replies, strict=True)
+    }
 
 
 @cache

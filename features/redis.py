@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from itertools import tee
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Self
 
 import msgspec
 
@@ -59,6 +59,7 @@ __all__ = [
     "TIMEOUT_S_DEFAULT",
     "WRITTEN",
     "BucketWrite",
+    "Canary",
     "CatalogueStore",
     "Pointers",
     "RedisClient",
@@ -72,6 +73,24 @@ __all__ = [
 ]
 
 
+class Canary(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A version that is being tried beside the live one.
+
+    Attributes:
+        version: of the retrieval model.
+        memory_version: what it reads, None if nothing.
+        mode: `canary` answers its share of users; `shadow` is only logged beside.
+        share: of users, above 0, at most a half; as many more are the control group.
+        since_ms: when it began, epoch ms.
+    """
+
+    version: int
+    memory_version: str | None
+    mode: Literal["canary", "shadow"]
+    share: float
+    since_ms: int
+
+
 class Pointers(msgspec.Struct, frozen=True, omit_defaults=True):
     """What is live: the model version that answers, the generation and the memories it reads.
 
@@ -83,6 +102,7 @@ class Pointers(msgspec.Struct, frozen=True, omit_defaults=True):
     generation: int
     memory_version: str | None = None
     token: int = 0
+    canary: Canary | None = None
 
 
 class Trending(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -299,6 +319,20 @@ class StateStore:
             for i, partition in enumerate(partitions)
         }
 
+    def read_bucket_ends(self, places: Sequence[tuple[int, int, int]]) -> list[int]:
+        """Return the next offset of each (bucket, source, partition), -1 where there is none.
+
+        What is before it is in this Redis, and so in every row that is read afterwards.
+        """
+        replies = self._pipelined(
+            [
+                ("HGET", keys.checkpoints_key(self.generation, bucket), f"{source}:{partition}")
+                for bucket, source, partition in places
+            ],
+            "reading checkpoints",
+        )
+        return [-1 if reply is None else int(reply) for reply in replies]
+
     def read_states(self, user_ids: Sequence[int], *, newest: int) -> list[UserState | None]:
         """Return states with at least the newest records asked for, as far as there are any.
 
@@ -393,11 +427,13 @@ class CatalogueStore:
         Raises:
             StaleTokenError: Redis holds pointers with a greater token.
         """
-        values: list[str | int] = [
+        values: list[str | int | bytes] = [
             "generation",
             pointers.generation,
             "memory_version",
             pointers.memory_version or "",
+            "canary",
+            msgspec.json.encode(pointers.canary) if pointers.canary else "",
         ]
         if pointers.model_version is not None:
             values += ["model_version", pointers.model_version]
@@ -431,12 +467,13 @@ class CatalogueStore:
             raw = execute(self.client, "HGETALL", keys.POINTERS_KEY)
         if b"generation" not in raw:
             return None
-        version = raw.get(b"model_version")
+        version, canary = raw.get(b"model_version"), raw.get(b"canary")
         return Pointers(
             None if version is None else int(version),
             int(raw[b"generation"]),
             raw.get(b"memory_version", b"").decode() or None,
             int(raw.get(b"token", 0)),
+            canary=msgspec.json.decode(canary, type=Canary) if canary else None,
         )
 
     def put_trending(self, trending: Trending) -> None:

@@ -131,6 +131,8 @@ class UserHistory:
             return compare_views(None, expected, (None, self._position(known)))
         ordinal = min(served.ordinal, self.timeline.end)
         expected = self.timeline.at(ordinal, served.clock_ms, served.chunks_folded)
+        if not served.has_mid:
+            expected = expected._replace(mid=expected.mid[:0])
         skew = compare_views(view, expected, (served.position, self._position(served.ordinal)))
         return skew._replace(num_unseen=max(0, known - served.ordinal))
 

@@ -37,7 +37,7 @@ EXPLAINED: Final = {
         "command are of different versions, and their values mean different things"
     ),
     Skipped.GENERATION_GONE: "Redis no longer knows the generation's rules: it was dropped",
-    Skipped.NOT_READ: "Redis was away: nothing was read, the answer says STORE_AWAY",
+    Skipped.NOT_READ: "nothing was read: Redis was away (STORE_AWAY), or time too short (DEADLINE)",
     Skipped.NOT_IN_LAKE: (
         "the lake has not reached the position yet: run `moveline lake --until-end` before"
     ),

@@ -13,7 +13,7 @@ import tritonclient.grpc as grpcclient
 import tritonclient.grpc.aio as aioclient
 from tritonclient.utils import InferenceServerException
 
-from features.events import ID_MAX, parse_id
+from features.events import ID_MAX, domain_hash, parse_id
 from scoring.errors import (
     DeadlineExceededError,
     OverloadedError,
@@ -21,6 +21,7 @@ from scoring.errors import (
     SignatureError,
 )
 from scoring.signature import (
+    CANDIDATES_MAX,
     K_DEFAULT,
     K_MAX,
     NO_ITEM,
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
 DEADLINE_S_DEFAULT: Final = 1.0
 # Each request in flight holds its tensors; past this the caller waits, then is told.
 IN_FLIGHT_MAX_DEFAULT: Final = 64
-# What is kept of the deadline for the answer's way back while min_position waits.
+# What is kept of the deadline for the answer's way back: a tenth, or so many milliseconds.
+_RETURN_SHARE: Final = 0.1
 _RETURN_MS: Final = 50
 _OUTPUTS: Final = ("item_id", "score", "provenance", "contribution")
 
@@ -89,6 +91,18 @@ class Answer:
     provenance: Provenance
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """What a request asks for beside its users; the same for all of them."""
+
+    k: int
+    min_position: MinPosition | None
+    exclude_seen: bool
+    deadline_s: float
+    candidates: Sequence[UserId] | None
+    domain: str | None
+
+
 @dataclass(frozen=True)
 class _Ask:
     users: tuple[int, ...]
@@ -96,14 +110,14 @@ class _Ask:
     deadline_s: float
 
 
-def _make_ask(
-    user_ids: Sequence[UserId],
-    k: int,
-    min_position: MinPosition | None,
-    exclude_seen: bool,  # noqa: FBT001 - private, named at its two call sites
-    deadline_s: float,
-) -> _Ask:
+def _make_ask(user_ids: Sequence[UserId], options: _Options) -> _Ask:
+    """Return a request's tensors.
+
+    Raises:
+        RejectedError: something is out of range.
+    """
     users = tuple(parse_id(user) for user in user_ids)
+    k, deadline_s = options.k, options.deadline_s
     if not 0 < len(users) <= USERS_MAX:
         raise RejectedError(f"{len(users)} users in one request; send 1 to {USERS_MAX}")
     if not all(0 <= user <= ID_MAX for user in users):
@@ -113,18 +127,44 @@ def _make_ask(
     if deadline_s <= 0:
         raise RejectedError(f"deadline_s={deadline_s}; give the call some time")
     size = len(users)
-    partition, offset = min_position or (-1, -1)
-    wait_ms = max(0, min(WAIT_MS_MAX, int(deadline_s * 1000) - _RETURN_MS))
+    partition, offset = options.min_position or (-1, -1)
     columns = {
         "user_id": users,
         "k": [k] * size,
         "min_partition": [partition] * size,
         "min_offset": [offset] * size,
-        "wait_ms": [wait_ms] * size,
-        "exclude_seen": [int(exclude_seen)] * size,
+        "wait_ms": [0] * size,
+        "exclude_seen": [int(options.exclude_seen)] * size,
     }
     inputs = {name: np.array(column, np.int64)[:, None] for name, column in columns.items()}
+    if options.candidates is not None:
+        row = _candidates(options.candidates)
+        inputs["candidate_item"] = np.tile(np.array(row, np.int64), (size, 1))
+    if options.domain is not None:
+        bits = np.array([[domain_hash(options.domain)]], np.uint64).view(np.int64)
+        inputs["in_domain"] = np.tile(bits, (size, 1))
+    inputs["deadline_ms"] = np.zeros((size, 1), np.int64)
     return _Ask(users, inputs, deadline_s)
+
+
+def _tensors(ask: _Ask, left_s: float) -> list[Any]:
+    """Return what is sent when so much of the deadline is left, waiting for a slot done."""
+    left_ms = left_s * 1000
+    left_ms = max(1, int(left_ms - min(_RETURN_MS, _RETURN_SHARE * left_ms)))
+    ask.inputs["wait_ms"][:] = min(WAIT_MS_MAX, left_ms)
+    ask.inputs["deadline_ms"][:] = left_ms
+    return make_inputs(ask.inputs)
+
+
+def _candidates(given: Sequence[UserId]) -> list[int]:
+    items = [parse_id(item) for item in given]
+    if not 0 < len(items) <= CANDIDATES_MAX:
+        raise RejectedError(
+            f"{len(items)} candidates; give 1 to {CANDIDATES_MAX} of them, or none for any item"
+        )
+    if not all(0 <= item <= ID_MAX for item in items):
+        raise RejectedError(f"item ids must be 0..{ID_MAX}: {items}")
+    return items
 
 
 def _read_answers(ask: _Ask, result: Any) -> list[Answer]:  # noqa: ANN401 - tritonclient is untyped
@@ -147,6 +187,7 @@ def _read_answer(user: int, i: int, arrays: dict[str, Any]) -> Answer:
     version, live, generation, ordinal, newest_ms, age_ms, degraded = map(
         int, arrays["provenance"][i]
     )
+    contribution = tuple(map(float, arrays["contribution"][i]))
     return Answer(
         user,
         items,
@@ -158,7 +199,7 @@ def _read_answer(user: int, i: int, arrays: dict[str, Any]) -> Answer:
             None if newest_ms < 0 else newest_ms,
             None if newest_ms < 0 else age_ms,
             Degraded(degraded),
-            tuple(map(float, arrays["contribution"][i])),
+            contribution,
         ),
     )
 
@@ -189,6 +230,8 @@ class Recommender:
         k: int = K_DEFAULT,
         min_position: MinPosition | None = None,
         exclude_seen: bool = False,
+        candidates: Sequence[UserId] | None = None,
+        domain: str | None = None,
         deadline_s: float = DEADLINE_S_DEFAULT,
         request_id: str = "",
     ) -> Answer:
@@ -198,6 +241,8 @@ class Recommender:
             k=k,
             min_position=min_position,
             exclude_seen=exclude_seen,
+            candidates=candidates,
+            domain=domain,
             deadline_s=deadline_s,
             request_id=request_id,
         )[0]
@@ -209,6 +254,8 @@ class Recommender:
         k: int = K_DEFAULT,
         min_position: MinPosition | None = None,
         exclude_seen: bool = False,
+        candidates: Sequence[UserId] | None = None,
+        domain: str | None = None,
         deadline_s: float = DEADLINE_S_DEFAULT,
         request_id: str = "",
     ) -> list[Answer]:
@@ -220,6 +267,8 @@ class Recommender:
             min_position: `Delivery.position` of an event, as the producer's send returned it:
                 the answer waits until the state has seen it, or says POSITION_NOT_REACHED.
             exclude_seen: leave out items in the user's recent and mid-term streams.
+            candidates: rank these and return no other; up to CANDIDATES_MAX, ids as in events.
+            domain: only items of this domain, by its text as in events.
             deadline_s: for the whole call, waiting for a free slot included.
             request_id: your own; the feature log keeps it, and events that follow may carry it.
 
@@ -229,7 +278,17 @@ class Recommender:
             OverloadedError: no slot became free in time.
             UnavailableError: Triton or the model is not there.
         """
-        ask = _make_ask(user_ids, k, min_position, exclude_seen, deadline_s)
+        ask = _make_ask(
+            user_ids,
+            _Options(
+                k=k,
+                min_position=min_position,
+                exclude_seen=exclude_seen,
+                deadline_s=deadline_s,
+                candidates=candidates,
+                domain=domain,
+            ),
+        )
         started = time.monotonic()
         if not self._slots.acquire(timeout=deadline_s):
             raise OverloadedError(
@@ -239,7 +298,7 @@ class Recommender:
             left_s = deadline_s - (time.monotonic() - started)
             result = self._client.infer(
                 RECOMMEND_MODEL,
-                make_inputs(ask.inputs),
+                _tensors(ask, left_s),
                 client_timeout=max(left_s, 1e-3),
                 request_id=request_id,
             )
@@ -273,11 +332,23 @@ class AsyncRecommender:
         k: int = K_DEFAULT,
         min_position: MinPosition | None = None,
         exclude_seen: bool = False,
+        candidates: Sequence[UserId] | None = None,
+        domain: str | None = None,
         deadline_s: float = DEADLINE_S_DEFAULT,
         request_id: str = "",
     ) -> Answer:
         """Return items for one user; see `Recommender.recommend_many`."""
-        ask = _make_ask([user_id], k, min_position, exclude_seen, deadline_s)
+        ask = _make_ask(
+            [user_id],
+            _Options(
+                k=k,
+                min_position=min_position,
+                exclude_seen=exclude_seen,
+                deadline_s=deadline_s,
+                candidates=candidates,
+                domain=domain,
+            ),
+        )
         started = time.monotonic()
         try:
             async with asyncio.timeout(deadline_s):
@@ -297,7 +368,7 @@ class AsyncRecommender:
             async with asyncio.timeout(max(left_s, 1e-3)):
                 result = await self._client.infer(
                     RECOMMEND_MODEL,
-                    make_inputs(ask.inputs),
+                    _tensors(ask, left_s),
                     client_timeout=max(left_s, 1e-3),
                     request_id=request_id,
                 )

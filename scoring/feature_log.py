@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from features.feature_log import Served, encode_served, is_sampled
 from features.schema import schema_hash
 from features.view import PADDING_ITEM, view_session
+from scoring.arms import LIVE
 from scoring.signature import PROVENANCE
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from features.config import StateConfig
     from features.view import Records
-    from scoring.recommend import Answered, Ask
+    from scoring.asks import Answered, Ask
 
 # Rules change with a generation: a handful in the life of a server.
 _CONFIGS_CACHED: Final = 8
@@ -36,7 +37,7 @@ class Send(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureLog:
-    """Logs the answers of `share` of all users, always the same ones."""
+    """Logs the answers of `share` of all users, always the same ones, and those of a canary."""
 
     share: float
     send: Send
@@ -44,7 +45,8 @@ class FeatureLog:
     def log(self, asks: Iterable[Ask], answers: Iterable[Answered], served_at_ms: int) -> None:
         """Send what the sampled users were answered from; call it once the answers are out."""
         for ask, one in zip(asks, answers, strict=True):
-            if is_sampled(ask.user_id, self.share):
+            # What decides about a canary is logged whole.
+            if one.arm != LIVE or is_sampled(ask.user_id, self.share):
                 value = encode_served(served_of(ask, one, served_at_ms))
                 self.send(b"%d" % ask.user_id, value)
 
@@ -76,6 +78,11 @@ def served_of(ask: Ask, one: Answered, served_at_ms: int) -> Served:
         scores=one.scores,
         contribution=one.contribution,
         degraded=source["degraded"],
+        has_mid=seen is None or seen.has_mid,
+        candidates=list(ask.candidates),
+        in_domain=ask.in_domain,
+        arm=one.arm,
+        took_ms=0.0 if one.took is None else round(one.took.total_s * 1000, 3),
     )
 
 

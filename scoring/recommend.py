@@ -1,244 +1,175 @@
 """What the Triton model `recommend` does: state in one round trip, retrieval, an honest answer.
 
 No Triton in here: `model_repo/recommend/1/model.py` translates tensors and hands in `retrieve`.
-The ladder when something is away: no model -> trending; no Redis -> trending; unknown user ->
-trending; each marked in the answer.
+What an answer falls back to is the table in `scoring/ladder.py`. While a canary runs, its users'
+answers are made by its version with its memories, the others' by the live one with its own: each
+arm is read and asked by itself, so no answer can mix the two.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from features.errors import FeatureError
-from features.keys import split_log_partition
-from features.lifelong_view import LifelongBatch, read_lifelong
-from features.store import read_users
-from features.view import PADDING_ITEM
-from scoring.signature import NO_CONTRIBUTION, NO_ITEM, WAIT_MS_MAX, Degraded
+import numpy as np
+
+from features.errors import CorruptRowError
+from features.lifelong_view import LifelongBatch
+from features.view import PADDING_ITEM, StreamBatch
+from scoring.arms import CANARY, CONTROL, SHADOW, arm_of
+from scoring.asks import (
+    Answered,
+    Ask,
+    Budget,
+    Draft,
+    RetrievalError,
+    Retrieve,
+    Retrieved,
+    Seen,
+    Took,
+)
+from scoring.choose import excluded_of, fill, take_retrieved
+from scoring.ladder import MODEL_MS_MIN
+from scoring.reading import read_when_reached, users_of
+from scoring.signature import Degraded
 from scoring.sources import counted_for
+from scoring.within import LateError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from features.config import StateConfig
-    from features.redis import StateStore
-    from features.sources import Counted
     from features.state import UserState
     from features.user_batch import Bools, UserBatch
-    from features.view import Records, StreamBatch
     from scoring.live import Live, Snapshot
+
+__all__ = ["Answered", "Ask", "RetrievalError", "Retrieved", "answer", "answer_shadow"]
 
 log = logging.getLogger("moveline.recommend")
 
-# While an answer waits for a position, its rows are read again: soon at first, as an event is
-# usually there within milliseconds, then more and more rarely, as many may be waiting.
-_POLL_S: Final = 0.001
-_POLL_GROWTH: Final = 1.5
-_POLL_MAX_S: Final = 0.02
+# With more time than any caller may ask for, the model is waited for where one stands.
+_UNHURRIED_MS: Final = 9_000
 
 
-class Ask(NamedTuple):
-    """What one user's answer should respect. A negative partition asks for no position."""
+class _Call(NamedTuple):
+    """What all answers of one call share."""
 
-    user_id: int
-    k: int
-    min_partition: int = -1
-    min_offset: int = -1
-    wait_ms: int = 0
-    exclude_seen: bool = False
-    request_id: str = ""
-
-
-class Retrieved(NamedTuple):
-    """What the retrieval model returned for a batch of users, best first."""
-
-    item_ids: list[list[int]]
-    scores: list[list[float]]
-    contributions: list[list[float]]
-
-
-class Seen(NamedTuple):
-    """What the model was given of a user: the streams as batched, padding and all.
-
-    Attributes:
-        memory_version: the memories that were read; None where the model reads none.
-        num_folded: chunks in the user's; the mid-term stream is then all else but the recent one.
-    """
-
-    state: UserState
-    recent: Records
-    mid: Records
-    clock_ms: int
-    memory_version: str | None = None
-    num_folded: int = 0
-
-
-class Answered(NamedTuple):
-    """One user's answer, padded to nothing: as long as there are items.
-
-    `seen` is what it was made from, under the rules `config`; None where no state was read.
-    """
-
-    item_ids: list[int]
-    scores: list[float]
-    provenance: tuple[int, ...]  # in the order of scoring.signature.PROVENANCE
-    contribution: tuple[float, ...]  # of scoring.signature.CONTRIBUTION
-    seen: Seen | None
-    config: StateConfig
-
-
-class Retrieve(Protocol):
-    """Runs one version of the retrieval model; raises RetrievalError when it is away."""
-
-    def __call__(
-        self,
-        version: int,
-        streams: StreamBatch,
-        excluded: Sequence[Sequence[int]],
-        withdrawn: frozenset[int],
-        counted: Counted,
-    ) -> Retrieved:
-        """Return the items for each row of the batch."""
-        ...
-
-
-class RetrievalError(Exception):
-    """The retrieval model did not answer."""
-
-
-@dataclass
-class _Draft:
-    """One answer in the making."""
-
-    ask: Ask
-    state: UserState | None = None
-    degraded: Degraded = Degraded.NONE
-    item_ids: list[int] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
-    contribution: tuple[float, ...] = NO_CONTRIBUTION
-    model_version: int = 0
-    newest_ms: int = -1
-    seen: Seen | None = None
+    live: Live
+    retrieve: Retrieve
+    now_ms: int
+    live_version: int
+    budget: Budget
 
 
 def answer(asks: Sequence[Ask], live: Live, retrieve: Retrieve, now_ms: int) -> list[Answered]:
     """Return an answer for every ask, in order; whatever is away degrades it, nothing raises."""
     snapshot = live.snapshot
-    drafts = [_Draft(ask) for ask in asks]
-    found = _read_when_reached(drafts, live, snapshot, now_ms)
-    if found is not None:
-        _retrieve(drafts, found, live, snapshot, retrieve)
-    for draft in drafts:
-        _fill_with_trending(draft, snapshot)
-    return [_finish(draft, snapshot, now_ms) for draft in drafts]
+    call = _Call(live, retrieve, now_ms, snapshot.model_version or 0, Budget(asks))
+    arms = [arm_of(ask.user_id, snapshot.canary) for ask in asks]
+    answers: dict[int, Answered] = {}
+
+    def run(places: list[int], version: Snapshot) -> None:
+        drafts = [Draft(asks[i], arms[i]) for i in places]
+        answers.update(zip(places, _answer(drafts, version, call), strict=True))
+
+    run([i for i, arm in enumerate(arms) if arm != CANARY], snapshot)
+    tried = [i for i, arm in enumerate(arms) if arm == CANARY]
+    run(tried, snapshot.of_canary())
+    # A canary that fails costs nobody an answer: the live version speaks, and says so.
+    run([i for i in tried if _is_model_away(answers[i])], snapshot)
+    return [answers[i] for i in range(len(asks))]
 
 
-def _read_when_reached(
-    drafts: list[_Draft], live: Live, snapshot: Snapshot, now_ms: int
-) -> UserBatch | LifelongBatch | None:
-    """Read every user's state once the positions asked for are reached, or time is up.
+def answer_shadow(
+    asks: Sequence[Ask], live: Live, retrieve: Retrieve, now_ms: int
+) -> tuple[list[Ask], list[Answered]]:
+    """Return the asks of users that a shadow is tried on, and what its version would answer."""
+    snapshot = live.snapshot
+    if snapshot.canary is None or snapshot.canary.mode != "shadow":
+        return [], []
+    chosen = [
+        # It waits for nothing, and no caller waits for it.
+        ask._replace(min_partition=-1, deadline_ms=0)
+        for ask in asks
+        if arm_of(ask.user_id, snapshot.canary) == CONTROL
+    ]
+    call = _Call(live, retrieve, now_ms, snapshot.model_version or 0, Budget(chosen))
+    return chosen, _answer([Draft(ask, SHADOW) for ask in chosen], snapshot.of_canary(), call)
 
-    Returns what was read, a row for each draft; None when Redis did not answer.
+
+def _is_model_away(one: Answered) -> bool:
+    return Degraded.MODEL_AWAY in Degraded(one.provenance[-1])
+
+
+def _answer(drafts: list[Draft], snapshot: Snapshot, call: _Call) -> list[Answered]:
+    """Return the answers of the snapshot's version to these drafts, in order.
+
+    A damaged row costs its user the answer, and the others no more than the time.
     """
-    store = live.store(snapshot)
-    started, pause_s = time.monotonic(), _POLL_S
-    while True:
-        try:
-            asked = [draft.ask.user_id for draft in drafts]
-            found = _read(store, asked, snapshot, now_ms)
-        except FeatureError as error:
-            log.warning("state not read: %s", error)
-            for draft in drafts:
-                draft.degraded |= Degraded.STORE_AWAY
-            return None
-        users = _users(found)
-        waited_ms = (time.monotonic() - started) * 1000
-        behind = []
-        for row, draft in enumerate(drafts):
-            draft.state = users.state(row)
-            if not _reached(draft.ask, draft.state):
-                behind.append(draft)
-        # Clients limit their wait too; a server must not have to trust them.
-        if all(min(draft.ask.wait_ms, WAIT_MS_MAX) <= waited_ms for draft in behind):
-            for draft in behind:
-                draft.degraded |= Degraded.POSITION_NOT_REACHED
-            return found
-        time.sleep(pause_s)
-        pause_s = min(pause_s * _POLL_GROWTH, _POLL_MAX_S)
+    try:
+        return _answer_together(drafts, snapshot, call) if drafts else []
+    except CorruptRowError:
+        alone = ([Draft(draft.ask, draft.arm)] for draft in drafts)
+        return [one for each in alone for one in _answer_together(each, snapshot, call)]
 
 
-def _read(
-    store: StateStore, user_ids: Sequence[int], snapshot: Snapshot, now_ms: int
-) -> UserBatch | LifelongBatch:
-    """Return the users' state, with memories of the version that the live model reads, if any."""
-    version = snapshot.memory_version
-    if version is None:
-        return read_users(store, user_ids, now_ms=now_ms)
-    return read_lifelong(store, user_ids, version, now_ms=now_ms)
+def _answer_together(drafts: list[Draft], snapshot: Snapshot, call: _Call) -> list[Answered]:
+    took, started_s = Took(), time.monotonic()
+    found = None
+    if call.budget.left_ms() < MODEL_MS_MIN:
+        _mark(drafts, Degraded.DEADLINE)
+    else:
+        found = read_when_reached(drafts, call.live, snapshot, call.now_ms, call.budget)
+        took.read_s = time.monotonic() - started_s
+    # What was learnt of domains while reading.
+    snapshot = replace(snapshot, trending_by_domain=call.live.snapshot.trending_by_domain)
+    if found is not None:
+        known, streams = _note_seen(drafts, found, snapshot)
+        asked_s = time.monotonic()
+        if known:
+            _retrieve(known, streams, snapshot, call)
+        took.model_s = time.monotonic() - asked_s
+    for draft in drafts:
+        fill(draft, snapshot)
+    took.total_s = time.monotonic() - started_s
+    return [_finish(draft, snapshot, call, took) for draft in drafts]
 
 
-def _users(found: UserBatch | LifelongBatch) -> UserBatch:
-    return found.users if isinstance(found, LifelongBatch) else found
+def _mark(drafts: Sequence[Draft], flag: Degraded) -> None:
+    for draft in drafts:
+        draft.degraded |= flag
 
 
-def _reached(ask: Ask, state: UserState | None) -> bool:
-    if ask.min_partition < 0:
-        return True
-    if state is None:
-        return False
-    source, partition = split_log_partition(ask.min_partition)
-    at = state.position
-    # All of a topic is applied before anything of the next one.
-    return at.source > source or (
-        (at.source, at.partition) == (source, partition) and at.offset >= ask.min_offset
-    )
-
-
-def _retrieve(
-    drafts: list[_Draft],
-    found: UserBatch | LifelongBatch,
-    live: Live,
-    snapshot: Snapshot,
-    retrieve: Retrieve,
-) -> None:
-    """Fill the drafts of known users from the retrieval model."""
-    known: list[tuple[_Draft, UserState]] = []
+def _note_seen(
+    drafts: list[Draft], found: UserBatch | LifelongBatch, snapshot: Snapshot
+) -> tuple[list[Draft], StreamBatch]:
+    """Note what was read in the drafts of known users; return these and their streams, in order."""
+    known: list[tuple[Draft, UserState]] = []
     for draft in drafts:
         if draft.state is None:
             draft.degraded |= Degraded.UNKNOWN_USER
+            draft.degraded &= ~(Degraded.MID_TERM | Degraded.LIFELONG)
         else:
             known.append((draft, draft.state))
-    if not known:
-        return
-    is_known_B = _users(found).known_B
+    is_known_B = users_of(found).known_B
     streams = found.streams().select(is_known_B)
     for row, (draft, state) in enumerate(known):
         draft.newest_ms = int(streams.newest_ms_B[row])
-        clock_ms = int(streams.clock_ms_B[row])
-        draft.seen = Seen(state, streams.recent_BR[row], streams.mid_BM[row], clock_ms)
+        draft.seen = Seen(
+            state,
+            streams.recent_BR[row],
+            streams.mid_BM[row],
+            int(streams.clock_ms_B[row]),
+            has_mid=Degraded.MID_TERM not in draft.degraded,
+        )
     if isinstance(found, LifelongBatch):
         _note_memories([draft for draft, _ in known], found, is_known_B, snapshot)
-    try:
-        excluded = [_excluded(draft) for draft, _ in known]
-        lists = live.followers.lists(streams.recent_BR["item_id"][:, -1].tolist())
-        counted = counted_for(snapshot.trending, lists)
-        retrieved = _ask(retrieve, snapshot, streams, excluded, counted)
-    except RetrievalError as error:
-        log.warning("retrieval model away: %s", error)
-        for draft, _ in known:
-            draft.degraded |= Degraded.MODEL_AWAY
-        return
-    for row, (draft, _) in enumerate(known):
-        draft.model_version = snapshot.model_version or 0
-        draft.contribution = tuple(retrieved.contributions[row])
-        _take(draft, retrieved.item_ids[row], retrieved.scores[row], snapshot)
+    return [draft for draft, _ in known], streams
 
 
 def _note_memories(
-    drafts: list[_Draft], found: LifelongBatch, is_known_B: Bools, snapshot: Snapshot
+    drafts: list[Draft], found: LifelongBatch, is_known_B: Bools, snapshot: Snapshot
 ) -> None:
     """Say in the drafts of known users which memories were read, and what they lack."""
     folded, lacks = found.num_folded_B[is_known_B], found.is_incomplete_B[is_known_B]
@@ -251,68 +182,77 @@ def _note_memories(
             draft.degraded |= Degraded.LIFELONG
 
 
+def _retrieve(
+    known: Sequence[Draft], streams: StreamBatch, snapshot: Snapshot, call: _Call
+) -> None:
+    """Fill the drafts of known users from the retrieval model, if it answers in time."""
+    left_ms = call.budget.left_ms()
+    if left_ms < MODEL_MS_MIN:
+        _mark(known, Degraded.DEADLINE)
+        return
+    try:
+        retrieved = call.live.models.within(
+            left_ms,
+            lambda: _ask(call, snapshot, _whole(streams, snapshot), known),
+            unhurried_ms=_UNHURRIED_MS,
+        )
+    except RetrievalError as error:
+        log.warning("retrieval model away: %s", error)
+        _mark(known, Degraded.MODEL_AWAY)
+        return
+    except LateError as error:
+        log.warning("retrieval model late: %s", error)
+        _mark(known, Degraded.DEADLINE)
+        return
+    for row, draft in enumerate(known):
+        draft.model_version = snapshot.model_version or 0
+        draft.contribution = tuple(retrieved.contributions[row])
+        take_retrieved(draft, retrieved.item_ids[row], retrieved.scores[row], snapshot)
+
+
+def _whole(streams: StreamBatch, snapshot: Snapshot) -> StreamBatch:
+    """Return streams of the widths that the model takes: a mid-term stream not read is padding."""
+    width = snapshot.config.mid
+    if streams.mid_BM.shape[1] >= width:
+        return streams
+    mid_BM = np.zeros((streams.mid_BM.shape[0], width), streams.mid_BM.dtype)
+    mid_BM["item_id"] = PADDING_ITEM
+    return streams._replace(mid_BM=mid_BM)
+
+
 def _ask(
-    retrieve: Retrieve,
-    snapshot: Snapshot,
-    streams: StreamBatch,
-    excluded: Sequence[Sequence[int]],
-    counted: Counted,
+    call: _Call, snapshot: Snapshot, streams: StreamBatch, known: Sequence[Draft]
 ) -> Retrieved:
     if snapshot.model_version is None:
         raise RetrievalError("no model version is published")
-    return retrieve(snapshot.model_version, streams, excluded, snapshot.withdrawn, counted)
+    lists = call.live.followers.lists(streams.recent_BR["item_id"][:, -1].tolist())
+    return call.retrieve(
+        snapshot.model_version,
+        streams,
+        [excluded_of(draft) for draft in known],
+        snapshot.withdrawn,
+        counted=counted_for(snapshot.trending, lists),
+        candidates=[draft.ask.candidates for draft in known],
+        in_domain=[draft.ask.signed_domain for draft in known],
+    )
 
 
-def _excluded(draft: _Draft) -> list[int]:
-    """Return the user's seen items, newest first, if the ask leaves them out.
-
-    A memory cannot list what is in it.
-    """
-    seen = draft.seen
-    if not draft.ask.exclude_seen or seen is None:
-        return []
-    items = [*seen.recent["item_id"][::-1].tolist(), *seen.mid["item_id"][::-1].tolist()]
-    return [item for item in dict.fromkeys(items) if item != PADDING_ITEM]
-
-
-def _take(
-    draft: _Draft, item_ids: Sequence[int], scores: Sequence[float], snapshot: Snapshot
-) -> None:
-    """Append items in order until k, leaving out withdrawn, repeated and (if asked) seen ones."""
-    skip = set(draft.item_ids) | snapshot.withdrawn | {NO_ITEM}
-    skip |= set(_excluded(draft))
-    for item_id, score in zip(item_ids, scores, strict=True):
-        if len(draft.item_ids) >= draft.ask.k:
-            return
-        if item_id not in skip:
-            skip.add(item_id)
-            draft.item_ids.append(item_id)
-            draft.scores.append(score)
-
-
-def _fill_with_trending(draft: _Draft, snapshot: Snapshot) -> None:
-    if len(draft.item_ids) >= draft.ask.k:
-        return
-    if draft.item_ids:
-        draft.degraded |= Degraded.FEW_CANDIDATES
-    trending = snapshot.trending
-    _take(draft, trending.item_ids, trending.scores, snapshot)
-
-
-def _finish(draft: _Draft, snapshot: Snapshot, now_ms: int) -> Answered:
+def _finish(draft: Draft, snapshot: Snapshot, call: _Call, took: Took) -> Answered:
     return Answered(
         draft.item_ids,
         draft.scores,
         (
             draft.model_version,
-            snapshot.model_version or 0,
+            call.live_version,
             snapshot.generation,
             0 if draft.state is None else draft.state.next_ordinal,
             draft.newest_ms,
-            max(0, now_ms - draft.newest_ms) if draft.newest_ms >= 0 else -1,
+            max(0, call.now_ms - draft.newest_ms) if draft.newest_ms >= 0 else -1,
             int(draft.degraded),
         ),
         draft.contribution,
         draft.seen,
         snapshot.config,
+        draft.arm,
+        took,
     )

@@ -21,6 +21,10 @@ K_MAX: Final = 100
 K_DEFAULT: Final = 10
 # What min_position waits at most on the server, whatever the caller asks: it holds a slot.
 WAIT_MS_MAX: Final = 5_000
+# What a request without a deadline gets, and the longest that one may ask for.
+DEADLINE_MS_MAX: Final = 10_000
+# Items one request may have ranked: as many as the retrieval model's input holds.
+CANDIDATES_MAX: Final = 512
 # Users in one request: beyond it a request starves the others of its instance.
 USERS_MAX: Final = 64
 
@@ -30,8 +34,6 @@ LOGGED_SHARE_DEFAULT: Final = 0.01
 NO_ITEM: Final = -1
 # Items one user's request can exclude inside the model; what is beyond is filtered afterwards.
 NUM_EXCLUDED: Final = 512
-# Items one user's request can name to be chosen from; the model does not look at what is beyond.
-NUM_CANDIDATES: Final = 512
 # Stands for a request that asks for no domain.
 ANY_DOMAIN: Final = 0
 
@@ -50,6 +52,9 @@ class Degraded(IntFlag):
     POSITION_NOT_REACHED = 8
     FEW_CANDIDATES = 16
     LIFELONG = 32
+    MID_TERM = 64
+    DEADLINE = 128
+    NO_TRENDING = 256
 
 
 # Columns of the `provenance` output, INT64 [B, 7].

@@ -9,7 +9,7 @@ import torch
 
 from features.lifelong import LIFELONG_ROWS, LIFELONG_WIDTH
 from features.sources import Counted
-from scoring.signature import ANY_DOMAIN, NO_ITEM, NUM_CANDIDATES, NUM_EXCLUDED
+from scoring.signature import ANY_DOMAIN, CANDIDATES_MAX, NO_ITEM, NUM_EXCLUDED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,7 +33,7 @@ def retrieval_inputs(
         excluded: per user, items that must not be returned; the first NUM_EXCLUDED count.
         withdrawn: items that nobody may be given.
         counted: what live sources say for each user; nothing if left out.
-        candidates: per user, items to choose from, none for all; the first NUM_CANDIDATES count.
+        candidates: per user, items to choose from, none for all; the first CANDIDATES_MAX count.
             Left out, nobody names any.
         in_domain: per user, the signed hash of the domain to stay in, ANY_DOMAIN for none.
 
@@ -56,7 +56,7 @@ def retrieval_inputs(
         inputs["lifelong"] = torch.from_numpy(streams.memory_BLW)
         inputs["lifelong_count"] = torch.from_numpy(streams.memory_events_B)[:, None]
     inputs["exclude_item"] = _named(excluded, size, NUM_EXCLUDED)
-    inputs["candidate_item"] = _named(candidates, size, NUM_CANDIDATES)
+    inputs["candidate_item"] = _named(candidates, size, CANDIDATES_MAX)
     inputs["in_domain"] = torch.full((size, 1), ANY_DOMAIN, dtype=torch.int64)
     if in_domain:
         inputs["in_domain"][:, 0] = torch.tensor(in_domain, dtype=torch.int64)

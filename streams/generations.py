@@ -168,7 +168,8 @@ class Installation:
                 f"(--max-lag): let it catch up first: moveline worker --generation g{generation}"
             )
         if model_version is None and before is not None:
-            after = msgspec.structs.replace(before, generation=generation, token=token)
+            # What a canary showed, it showed in the generation it began in.
+            after = msgspec.structs.replace(before, generation=generation, token=token, canary=None)
         else:
             after = Pointers(model_version, generation, memory_version, token)
         if after.memory_version is not None:

@@ -111,11 +111,21 @@ def _is_comparable(served: Served, config: StateConfig | None, report: SkewRepor
         reason = Skipped.GENERATION_GONE
     elif served.schema_hash != schema_hash(config):
         reason = Skipped.OTHER_SCHEMA
-    elif Degraded.STORE_AWAY in Degraded(served.degraded):
+    elif _is_unread(served):
         reason = Skipped.NOT_READ
     if reason is not None:
         report.skip(reason)
     return reason is None
+
+
+def _is_unread(served: Served) -> bool:
+    """Return whether no state was read: Redis was away, or there was no time for it."""
+    degraded = Degraded(served.degraded)
+    return Degraded.STORE_AWAY in degraded or (
+        Degraded.DEADLINE in degraded
+        and served.position is None
+        and Degraded.UNKNOWN_USER not in degraded
+    )
 
 
 def _compare(

@@ -12,6 +12,7 @@ from rich.logging import RichHandler
 
 from compose.cli import (
     answers,
+    canary,
     data,
     forget,
     lake,
@@ -52,6 +53,7 @@ lifelong.register(app)
 models.register(app)
 trainer.register(app)
 versions.register(app)
+canary.register(app)
 answers.register(app)
 operate.register(app)
 repartition.register(app)

@@ -40,6 +40,13 @@ def recommend(
         ),
     ] = None,
     exclude_seen: Annotated[bool, typer.Option(help="Leave out items seen lately.")] = False,
+    candidate: Annotated[
+        list[str] | None,
+        typer.Option(help="Rank this item and return no other; give it once for each."),
+    ] = None,
+    domain: Annotated[
+        str | None, typer.Option(help="Only items of this domain, as its events name it.")
+    ] = None,
     deadline: Annotated[float, typer.Option(help="Seconds for the whole call.")] = 2.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per user.")] = False,
     triton: options.Triton = None,
@@ -56,6 +63,8 @@ def recommend(
             k=k,
             min_position=_position(min_position),
             exclude_seen=exclude_seen,
+            candidates=candidate or None,
+            domain=domain,
             deadline_s=deadline,
         )
     _, catalogue = options.stores_of(settings)

@@ -281,6 +281,12 @@ def retire(
             f"model version {pointers.model_version}, which is live, reads memory version "
             f"{memory_version}: make another one live first."
         )
+    canary = None if pointers is None else pointers.canary
+    if canary is not None and canary.memory_version == memory_version:
+        raise MemoryVersionError(
+            f"the canary of version {canary.version} reads memory version {memory_version}: "
+            "end it first: moveline canary stop"
+        )
     take_off(settings, *options.kafka_of(settings), memory_version)
     removed = place.memories.discard_version(memory_version)
     Console(stderr=True).print(f"{removed:,} memories of version {memory_version} removed")

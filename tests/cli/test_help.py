@@ -53,7 +53,7 @@ def test_the_commands_are_those_promised() -> None:
         "up", "down", "status", "produce", "worker", "lake", "features", "train", "evaluate",
         "publish", "recommend", "demo", "items", "topics", "dlq", "replay", "generations",
         "audit", "promote", "demote", "drop", "nearline", "compact", "skew", "forget",
-        "repartition", "lifelong", "trainer", "models", "rollback", "gc",
+        "repartition", "lifelong", "trainer", "models", "rollback", "gc", "canary",
     }  # fmt: skip
     assert {words[0] for words in COMMANDS if len(words) == 1} == promised
     assert ("items", "load") in COMMANDS

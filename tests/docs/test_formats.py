@@ -27,6 +27,8 @@ from features.lake import LAKE_SCHEMA
 from features.lake_manifest import Manifest
 from features.row import TRAILER_BYTES
 from features.state import RECORD, RECORD_BYTES
+from scoring.counts import METRICS
+from scoring.ladder import LADDER
 from scoring.signature import PROVENANCE, Degraded
 from streams.metrics import WorkerMetrics
 from streams.micro_batch import DeadLetter, Record, dead_letter_headers
@@ -238,10 +240,9 @@ def test_settings_are_in_the_handbook(key: str, handbook: str) -> None:
     assert f"`{key}`" in handbook
 
 
-def test_metrics(formats: str, table: Table, repository: Path) -> None:
-    program = (repository / "model_repo/recommend/1/model.py").read_text(encoding="utf-8")
+def test_metrics(formats: str, table: Table) -> None:
     described = first_names(table(formats, "scoring metric", "counts"))
-    assert set(described) == set(re.findall(r'"(moveline_\w+_total)"', program))
+    assert described == [metric.name for metric in METRICS]
     for header, metrics in (
         ("metric", WorkerMetrics()),
         ("near-line metric", NearlineMetrics()),
@@ -252,6 +253,20 @@ def test_metrics(formats: str, table: Table, repository: Path) -> None:
         assert set(named) == exported
         described += named
     assert set(re.findall(r"`(moveline_\w+)`", formats)) == set(described)
+
+
+def test_the_ladder(repository: Path, table: Table) -> None:
+    page = (repository / "docs" / "serving.md").read_text(encoding="utf-8")
+    rows = table(page, "step", "flag", "when", "the answer")
+    assert rows == [
+        [
+            f"`{step.name}`",
+            f"`{step.flag.name}`" if step.flag else "none",
+            step.condition,
+            step.answer,
+        ]
+        for step in LADDER
+    ]
 
 
 def test_the_lakes_revisions(formats: str, table: Table) -> None:

@@ -44,8 +44,28 @@ SERVED = Served(
     request_id="r-1",
     memory_version="00ff00ff00ff00ff",
     num_folded=5,
+    has_mid=False,
+    candidates=[7, 8],
+    in_domain=2**64 - 1,
+    arm="canary",
+    took_ms=12.5,
 )
 GOLDEN = (
+    "de0019ac7365727665645f61745f6d73cf0000019aa4b64500a7757365725f69642aaa67656e6572617469"
+    "6f6e01ab736368656d615f68617368b061636638353637613234353539383438a76f7264696e616c02a863"
+    "6c6f636b5f6d73cf0000019aa4b64501a8706f736974696f6e83a6736f7572636500a9706172746974696f"
+    "6e03a66f666673657429a6726563656e74c430070000000000000020a4e0a29a0100000000000000000000"
+    "0300000000000000010000000f000000ffffffff01000000a36d6964c400ac757365725f73657373696f6e"
+    "99c301cf0000019aa4b64500cf0000019aa4b64500010f019200019107a86974656d5f6964739207cf7fff"
+    "ffffffffffffa673636f72657392cbbfe0000000000000cbbff0000000000000ac636f6e74726962757469"
+    "6f6e93cb3fe0000000000000cb3fd0000000000000cb3fd0000000000000ac6c6976655f76657273696f6e"
+    "03ad6d6f64656c5f76657273696f6e03a8646567726164656400aa726571756573745f6964a3722d31ae6d"
+    "656d6f72795f76657273696f6eb030306666303066663030666630306666aa6e756d5f666f6c64656405a7"
+    "6861735f6d6964c2aa63616e64696461746573920708a9696e5f646f6d61696ecfffffffffffffffffa361"
+    "726da663616e617279a7746f6f6b5f6d73cb4029000000000000a17603"
+)
+# What builds before candidates, domains and canaries wrote: still read.
+VERSION_2 = (
     "de0014ac7365727665645f61745f6d73cf0000019aa4b64500a7757365725f69642aaa67656e6572617469"
     "6f6e01ab736368656d615f68617368b061636638353637613234353539383438a76f7264696e616c02a863"
     "6c6f636b5f6d73cf0000019aa4b64501a8706f736974696f6e83a6736f7572636500a9706172746974696f"
@@ -72,8 +92,17 @@ VERSION_1 = (
 )
 
 
+# What the fields hold that came with version 3, where a record does not have them.
+BEFORE_3 = {"has_mid": True, "candidates": [], "in_domain": 0, "arm": "live", "took_ms": 0.0}
+
+
+def test_version_2_is_read() -> None:
+    older = msgspec.structs.replace(SERVED, **BEFORE_3, v=2)
+    assert decode_served(bytes.fromhex(VERSION_2)) == older
+
+
 def test_version_1_is_read() -> None:
-    older = msgspec.structs.replace(SERVED, memory_version=None, num_folded=0, v=1)
+    older = msgspec.structs.replace(SERVED, **BEFORE_3, memory_version=None, num_folded=0, v=1)
     assert decode_served(bytes.fromhex(VERSION_1)) == older
     assert older.chunks_folded is None
     assert SERVED.chunks_folded == 5
@@ -104,7 +133,10 @@ def test_a_reader_ignores_fields_it_does_not_know() -> None:
         (b"", "not a feature log record"),
         (b"\xc1", "not a feature log record"),
         (msgspec.msgpack.encode({"v": 1}), "not a feature log record"),
-        (encode_served(msgspec.structs.replace(SERVED, v=3)), "version 3; this build reads 1, 2"),
+        (
+            encode_served(msgspec.structs.replace(SERVED, v=4)),
+            "version 4; this build reads 1, 2, 3",
+        ),
         (encode_served(msgspec.structs.replace(SERVED, mid=b"x")), "a record has 48"),
     ],
 )

@@ -6,6 +6,7 @@ CHANGELOG.md.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from features.config import StateConfig
+from features.events import domain_hash
 from features.lifelong import LIFELONG_ROWS, LIFELONG_WIDTH
 from features.view import batch_streams
 from scoring import client, signature
@@ -29,6 +31,11 @@ INT64, FP32 = "TYPE_INT64", "TYPE_FP32"
 RECOMMEND_INPUTS = dict.fromkeys(
     ("user_id", "k", "min_partition", "min_offset", "wait_ms", "exclude_seen"), (INT64, (1,))
 )
+OPTIONAL_INPUTS = {
+    "candidate_item": (INT64, (-1,)),
+    "in_domain": (INT64, (1,)),
+    "deadline_ms": (INT64, (1,)),
+}
 RECOMMEND_OUTPUTS = {
     "item_id": (INT64, (-1,)),
     "score": (FP32, (-1,)),
@@ -82,7 +89,8 @@ def test_the_folder_is_the_name_and_the_backend_is_python(model: str) -> None:
 
 def test_recommend() -> None:
     config = read_config("recommend")
-    assert tensors(config.input) == RECOMMEND_INPUTS
+    assert tensors(config.input) == RECOMMEND_INPUTS | OPTIONAL_INPUTS
+    assert {one.name for one in config.input if one.optional} == set(OPTIONAL_INPUTS)
     assert tensors(config.output) == RECOMMEND_OUTPUTS
     assert config.max_batch_size == signature.USERS_MAX == 64
     assert list(config.version_policy.specific.versions) == [1]
@@ -130,14 +138,36 @@ def test_provenance_and_degraded_flags() -> None:
         "POSITION_NOT_REACHED": 8,
         "FEW_CANDIDATES": 16,
         "LIFELONG": 32,
+        "MID_TERM": 64,
+        "DEADLINE": 128,
+        "NO_TRENDING": 256,
     }
 
 
 def test_the_client_sends_what_recommend_takes() -> None:
-    ask = client._make_ask([42, 43], 10, (3, 20), True, 1.0)
-    assert list(ask.inputs) == list(RECOMMEND_INPUTS)
+    options = client._Options(
+        k=10,
+        min_position=(3, 20),
+        exclude_seen=True,
+        deadline_s=1.0,
+        candidates=[7, 8, 9],
+        domain="home",
+    )
+    ask = client._make_ask([42, 43], options)
+    assert list(ask.inputs) == [*RECOMMEND_INPUTS, *OPTIONAL_INPUTS]
     assert {array.dtype for array in ask.inputs.values()} == {np.dtype(np.int64)}
-    assert {array.shape for array in ask.inputs.values()} == {(2, 1)}
+    shapes = {name: array.shape for name, array in ask.inputs.items()}
+    assert shapes.pop("candidate_item") == (2, 3)
+    assert set(shapes.values()) == {(2, 1)}
+    assert ask.inputs["in_domain"].view(np.uint64).tolist() == [[domain_hash("home")]] * 2
+    plain = client._make_ask([42], replace(options, candidates=None, domain=None))
+    assert list(plain.inputs) == [*RECOMMEND_INPUTS, "deadline_ms"]
+    # What is left once a slot is free, less the way back.
+    assert client._tensors(plain, 0.5)[-1].shape() == [1, 1]
+    assert plain.inputs["deadline_ms"].tolist() == [[450]]
+    assert plain.inputs["wait_ms"].tolist() == [[450]]
+    client._tensors(plain, 0.05)
+    assert plain.inputs["deadline_ms"].tolist() == [[45]]
     assert list(client._OUTPUTS) == list(RECOMMEND_OUTPUTS)
 
 
@@ -170,6 +200,7 @@ def test_limits_that_two_packages_name_are_equal() -> None:
     """A model's graph and the server that feeds it are built apart; here they are held together."""
     assert beam.K_MAX == signature.K_MAX == 100
     assert serving.NUM_EXCLUDED == signature.NUM_EXCLUDED == 512
+    assert signature.CANDIDATES_MAX == signature.NUM_EXCLUDED
     assert serving.PADDING == signature.NO_ITEM == -1
     assert export.MAX_BATCH == signature.USERS_MAX == 64
     assert lifelong.NUM_ROWS == LIFELONG_ROWS == 64

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from features.redis import CatalogueStore, StateStore
-    from features.sources import Counted
     from features.view import StreamBatch
     from scoring.recommend import Answered
 
@@ -51,10 +50,10 @@ class Model:
         streams: StreamBatch,
         excluded: Sequence[Sequence[int]],
         withdrawn: frozenset[int],
-        counted: Counted,
+        **_: object,
     ) -> Retrieved:
         """Answer."""
-        del version, withdrawn, counted
+        del version, withdrawn
         self.asked.append(streams)
         self.excluded += excluded
         size = len(streams.ordinal_B)

@@ -115,7 +115,7 @@ class Verdict:
         self.first = self.first or what
 
 
-def no_items(_: int, streams: StreamBatch, *__: object) -> Retrieved:
+def no_items(_: int, streams: StreamBatch, *__: object, **___: object) -> Retrieved:
     """Stand in for the model: what it is given is looked at, not what it says."""
     size = len(streams.ordinal_B)
     return Retrieved([[]] * size, [[]] * size, [[0.0, 0.0, 0.0]] * size)

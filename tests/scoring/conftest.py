@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from features.redis import CatalogueStore, Pointers, StateStore, Trending, connect
+from features.schema import schema_hash
 from scoring.client import Recommender
 from scoring.live import REFRESH_S
 from scoring.triton import TritonServer
@@ -111,7 +112,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
         created_ms=1_763_700_000_000,
         window_from={"0": 0},
         window_to={"0": 1},
-        feature_schema_hash="f" * 64,
+        feature_schema_hash=schema_hash(SMALL),
         metrics={"hr10_model": 0.5, "ndcg10_model": 0.25},
     )
     export(train(tiny_log(), tiny_training()), folder, provenance)

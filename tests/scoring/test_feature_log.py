@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from features.feature_log import Served, decode_served, is_sampled
-from features.redis import Pointers, Trending, connect
+from features.redis import Canary, Pointers, Trending, connect
 from features.schema import schema_hash
 from features.view import seen_clock_ms, view_user
+from scoring.arms import CANARY, CONTROL, LIVE, arm_of
 from scoring.feature_log import FeatureLog
 from scoring.live import Live, read_snapshot
 from scoring.recommend import Ask, RetrievalError, Retrieved, answer
@@ -37,12 +38,12 @@ NOWHERE = KafkaConfig("127.0.0.1:9")
 ITEMS = [100, 101, 102]
 
 
-def model(*asked: object) -> Retrieved:
+def model(*asked: object, **_: object) -> Retrieved:
     size = len(asked[1].ordinal_B)  # type: ignore[attr-defined]
     return Retrieved([ITEMS] * size, [[0.0, -1.0, -2.0]] * size, [[0.5, 0.3, 0.2]] * size)
 
 
-def away(*_: object) -> Retrieved:
+def away(*_: object, **__: object) -> Retrieved:
     raise RetrievalError("gone")
 
 
@@ -117,6 +118,32 @@ def test_an_unknown_user_and_a_store_away_are_told_apart(live: Live) -> None:
     (not_read,) = logged(live, [Ask(5, 2)])
     assert not_read.view() is None
     assert Degraded(not_read.degraded) is Degraded.STORE_AWAY
+
+
+def test_what_was_asked_for_and_how_long_it_took_is_logged(live: Live, store: StateStore) -> None:
+    write_clicks(store, 5, range(20))
+    ask = Ask(5, 2, candidates=(101, 100), in_domain=2**64 - 1)
+    (one,) = logged(live, [ask])
+    assert (one.candidates, one.in_domain) == ([101, 100], 2**64 - 1)
+    assert (one.arm, one.has_mid) == ("live", True)
+    assert 0 < one.took_ms < 10_000
+
+
+def test_everybody_a_canary_concerns_is_logged(
+    live: Live, store: StateStore, catalogue: CatalogueStore
+) -> None:
+    canary = Canary(9, None, "canary", 0.3, 0)
+    catalogue.put_pointers(Pointers(3, store.generation, canary=canary))
+    live.snapshot = read_snapshot(catalogue, live.snapshot)
+    asks = [Ask(user, 1) for user in range(40)]
+    kept = Kept()
+    answers = answer(asks, live, model, NOW_MS)  # type: ignore[arg-type]
+    FeatureLog(share=0.0, send=kept).log(asks, answers, NOW_MS)
+    arms = {one.user_id: one.arm for one in (decode_served(value) for _, value in kept.records)}
+    assert arms == {
+        user: arm_of(user, canary) for user in range(40) if arm_of(user, canary) != LIVE
+    }
+    assert set(arms.values()) == {CANARY, CONTROL}
 
 
 def test_only_the_sampled_users_are_logged(live: Live) -> None:

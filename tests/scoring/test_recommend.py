@@ -47,6 +47,8 @@ class FakeModel:
     asked: list[tuple[int, StreamBatch, Sequence[Sequence[int]], frozenset[int]]] = field(
         default_factory=list
     )
+    candidates: list[Sequence[int]] = field(default_factory=list)
+    in_domain: list[int] = field(default_factory=list)
 
     counted: list[Counted] = field(default_factory=list)
 
@@ -56,21 +58,25 @@ class FakeModel:
         streams: StreamBatch,
         excluded: Sequence[Sequence[int]],
         withdrawn: frozenset[int],
+        *,
         counted: Counted,
+        candidates: Sequence[Sequence[int]],
+        in_domain: Sequence[int],
     ) -> Retrieved:
         """Answer as a model would that ignores what it must not return."""
         self.counted.append(counted)
+        self.candidates, self.in_domain = list(candidates), list(in_domain)
         self.asked.append((version, streams, excluded, withdrawn))
         size = len(streams.ordinal_B)
         scores = [-float(place) for place in range(len(self.item_ids))]
         return Retrieved([self.item_ids] * size, [scores] * size, [list(SHARES)] * size)
 
 
-def away(*_: object) -> Retrieved:
+def away(*_: object, **__: object) -> Retrieved:
     raise RetrievalError("gone")
 
 
-def never(*_: object) -> Retrieved:
+def never(*_: object, **__: object) -> Retrieved:
     raise AssertionError("the model must not be asked")
 
 
@@ -170,6 +176,21 @@ def test_a_row_that_is_no_row_degrades_the_answer(live: Live, store: StateStore)
     assert Degraded(provenance(one)["degraded"]) is Degraded.STORE_AWAY
 
 
+def test_a_row_that_is_no_row_costs_the_others_nothing(live: Live, store: StateStore) -> None:
+    for user in (5, 6, 7):
+        write_clicks(store, user, [1])
+    key = next(iter(store.client.keys("*:row:6")))
+    store.client.set(key, b"x" * 400)
+    answers = answer([Ask(user, 2) for user in (5, 6, 7, 8)], live, FakeModel(), NOW_MS)
+    assert [Degraded(provenance(one)["degraded"]) for one in answers] == [
+        Degraded.NONE,
+        Degraded.STORE_AWAY,
+        Degraded.NONE,
+        Degraded.UNKNOWN_USER,
+    ]
+    assert [one.item_ids for one in answers] == [[100, 101], [7, 8], [100, 101], [7, 8]]
+
+
 def test_withdrawn_repeated_and_missing_items_never_appear(
     live: Live, store: StateStore, catalogue: CatalogueStore
 ) -> None:
@@ -251,7 +272,7 @@ def test_a_caller_cannot_hold_a_slot_for_longer_than_the_limit(
     live: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The client limits its wait, but the server must not have to trust its callers."""
-    monkeypatch.setattr("scoring.recommend.WAIT_MS_MAX", 100)
+    monkeypatch.setattr("scoring.reading.WAIT_MS_MAX", 100)
     started = time.monotonic()
     (one,) = answer([Ask(5, 1, 0, 0, 3_600_000)], live, never, NOW_MS)
     assert time.monotonic() - started < 5

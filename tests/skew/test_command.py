@@ -48,7 +48,7 @@ LATER_MS = 120_000
 BUSY_USER = 1
 
 
-def away(*_: object) -> Retrieved:
+def away(*_: object, **__: object) -> Retrieved:
     raise RetrievalError("no model here")
 
 

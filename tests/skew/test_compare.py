@@ -105,6 +105,13 @@ def test_any_value_changed_is_found(stream: str, column: str, data: st.DataObjec
     assert skew.edit_distances[stream] == (column == "item_id")
 
 
+def test_a_read_that_left_the_mid_term_stream_out_is_held_to_the_rest() -> None:
+    read = served(EVENTS, mid=b"", has_mid=False)
+    assert compare(read).is_equal
+    assert not compare(served(EVENTS, mid=b"")).is_equal
+    assert not compare(msgspec.structs.replace(read, recent=read.recent[48:])).is_equal
+
+
 def test_an_event_lost_at_the_front_is_one_missing_value_a_column() -> None:
     honest = view_of(served(EVENTS))
     skew = compare(served(EVENTS, mid=honest.mid[1:].tobytes()))

@@ -15,28 +15,41 @@ from torch.utils.dlpack import from_dlpack
 
 from features.clock import now_ms
 from features.redis import connect
+from scoring.counts import LOG_DROPPED, LOGGED, METRICS, SHADOW_DROPPED, Counts, Teller
 from scoring.feature_log import FeatureLog
 from scoring.live import Live
-from scoring.recommend import Answered, Ask, RetrievalError, Retrieved, answer
-from scoring.signature import K_MAX, LOGGED_SHARE_DEFAULT, NO_ITEM, RETRIEVAL_MODEL
+from scoring.recommend import Answered, Ask, RetrievalError, Retrieved, answer, answer_shadow
+from scoring.shadow import Shadow
+from scoring.signature import (
+    CANDIDATES_MAX,
+    K_MAX,
+    LOGGED_SHARE_DEFAULT,
+    NO_ITEM,
+    RETRIEVAL_MODEL,
+)
 from scoring.tensors import retrieval_inputs
 from streams.feature_log import FeatureLogProducer
 from streams.properties import KafkaConfig
 from streams.topics import DEFAULT_PREFIX, Topics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from features.sources import Counted
     from features.view import StreamBatch
+    from scoring.counts import Metric
 
 log = logging.getLogger("moveline.recommend")
 
+# Domain hashes are unsigned; tensors carry their bits as signed numbers.
+_HASHES = 2**64
 _INPUTS = ("user_id", "k", "min_partition", "min_offset", "wait_ms", "exclude_seen")
 # Redis beyond this is "away" for an answer: trending now beats state later.
 _REDIS_TIMEOUT_S = 0.25
-# Requests of one instance that wait for a position at a time; a thread and a Redis connection
-# each. One more waits for a thread first, within its deadline.
+# A request with less time is answered by itself: a batch has the time of its most hurried ask.
+_HURRIED_MS = 300
+# Requests of one instance that wait for a position or are hurried at a time; a thread and a Redis
+# connection each. One more waits for a thread first, within its deadline.
 _WAITING_MAX = 64
 
 
@@ -55,10 +68,20 @@ def retrieve(
     streams: StreamBatch,
     excluded: Sequence[Sequence[int]],
     withdrawn: frozenset[int],
+    *,
     counted: Counted,
+    candidates: Sequence[Sequence[int]],
+    in_domain: Sequence[int],
 ) -> Retrieved:
     """Ask one pinned version of the retrieval model, inside the same server."""
-    inputs = retrieval_inputs(streams, excluded, withdrawn, counted=counted)
+    inputs = retrieval_inputs(
+        streams,
+        excluded,
+        withdrawn,
+        counted=counted,
+        candidates=candidates,
+        in_domain=in_domain,
+    )
     response = pb_utils.InferenceRequest(
         model_name=RETRIEVAL_MODEL,
         model_version=version,
@@ -90,14 +113,20 @@ class TritonPythonModel:
             )
         self.live = Live(connect(url, timeout_s=_REDIS_TIMEOUT_S))
         self.live.start()
-        self.producer = open_producer(args["model_instance_name"])
+        self.counts = Counts()
+        self.metrics = TritonMetrics(args["model_instance_name"])
+        self.teller = Teller(self.counts, self.metrics.tell)
+        self.teller.start()
+        self.producer = open_producer(self.counts)
         self.feature_log = (
             FeatureLog(share=logged_share(), send=self.producer.send) if self.producer else None
         )
+        self.shadow = Shadow(self._answer_shadow, lambda: self.counts.add(SHADOW_DROPPED))
+        self.shadow.start()
         self.waiting = ThreadPoolExecutor(_WAITING_MAX, thread_name_prefix="moveline-wait")
 
     def execute(self, requests: list[Any]) -> None:
-        """Answer every request; those that wait for a position do so in a thread each.
+        """Answer every request; those that wait for a position, or hurry, in a thread each.
 
         They are batched with others and are more than there are instances: waiting in here would
         hold up everybody. Their number is bounded by Triton's queue and the clients' slots.
@@ -105,10 +134,10 @@ class TritonPythonModel:
         quick: list[tuple[Any, list[Ask]]] = []
         for request in requests:
             sender, asks = request.get_response_sender(), read_asks(request)
-            wrong = next((ask for ask in asks if not 0 < ask.k <= K_MAX), None)
+            wrong = next(filter(None, map(refusal, asks)), None)
             if wrong is not None:
-                send(sender, refuse(f"k={wrong.k}; ask for 1 to {K_MAX} items"))
-            elif any(ask.min_partition >= 0 for ask in asks):
+                send(sender, refuse(wrong))
+            elif any(ask.min_partition >= 0 or is_hurried(ask) for ask in asks):
                 self.waiting.submit(self._answer, [(sender, asks)])
             else:
                 quick.append((sender, asks))
@@ -129,17 +158,28 @@ class TritonPythonModel:
         for (sender, _), response in zip(group, responses, strict=True):
             send(sender, response)
         # After the answers have gone: whoever waits for one does not wait for its log.
+        self.counts.add_answers(answered)
         if self.feature_log is not None and answered:
             self.feature_log.log(flat, answered, at_ms)
+            canary = self.live.snapshot.canary
+            if canary is not None and canary.mode == "shadow":
+                self.shadow.offer(flat, at_ms)
+
+    def _answer_shadow(self, asks: Sequence[Ask], at_ms: int) -> None:
+        asked, answered = answer_shadow(asks, self.live, retrieve, at_ms)
+        if self.feature_log is not None:
+            self.feature_log.log(asked, answered, at_ms)
 
     def finalize(self) -> None:
         """Let those that wait have their answer, and stop following."""
         self.waiting.shutdown()
+        self.shadow.stop()
         self.live.stop()
         if self.producer is not None:
             self.producer.close()
+        self.teller.stop()
         # Metrics that the interpreter ends with, after its link to Triton, end it by a fault.
-        self.producer = self.feature_log = None
+        self.metrics.close()
         gc.collect()
 
 
@@ -157,7 +197,7 @@ def logged_share() -> float:
     return share
 
 
-def open_producer(instance: str) -> FeatureLogProducer | None:
+def open_producer(counts: Counts) -> FeatureLogProducer | None:
     """Return what sends the feature log, None where no Kafka is given or nobody is to be logged."""
     bootstrap = os.environ.get("MOVELINE_KAFKA__BOOTSTRAP")
     if not bootstrap or not logged_share():
@@ -174,27 +214,44 @@ def open_producer(instance: str) -> FeatureLogProducer | None:
     producer = FeatureLogProducer(
         KafkaConfig(bootstrap, properties),
         topics.feature_log,
-        on_delivered=counter("moveline_feature_log_records_total", "Answers logged.", instance),
-        on_dropped=counter(
-            "moveline_feature_log_dropped_total", "Answers whose log was dropped.", instance
-        ),
+        on_delivered=lambda number: counts.add(LOGGED, number=number),
+        on_dropped=lambda number: counts.add(LOG_DROPPED, number=number),
     )
     producer.start()
     return producer
 
 
-def counter(name: str, description: str, instance: str) -> Callable[[int], None]:
-    """Return what counts so many more on Triton's metrics page."""
-    family = pb_utils.MetricFamily(
-        name=name, description=description, kind=pb_utils.MetricFamily.COUNTER
-    )
-    metric = family.Metric(labels={"instance": instance})
+class TritonMetrics:
+    """Counters on Triton's metrics page; told from one thread only (scoring/counts.py)."""
 
-    def count(number: int) -> None:
-        assert family  # held for as long as it is counted: Triton forgets a family with its object
-        metric.increment(number)
+    def __init__(self, instance: str) -> None:
+        self.instance = instance
+        # Held for as long as they are counted: Triton forgets a family with its object.
+        self.families = {
+            metric: pb_utils.MetricFamily(
+                name=metric.name,
+                description=metric.description,
+                kind=pb_utils.MetricFamily.COUNTER,
+            )
+            for metric in METRICS
+        }
+        self.counters: dict[tuple[Metric, str], Any] = {}
+        # The page shows a counter from its first telling on: these are told from the start.
+        for metric in (LOGGED, LOG_DROPPED, SHADOW_DROPPED):
+            self.tell(metric, "", 0)
 
-    return count
+    def tell(self, metric: Metric, label: str, number: float) -> None:
+        """Count so many more under a value of the metric's label."""
+        place = metric, label
+        if place not in self.counters:
+            labels = {"instance": self.instance} | ({metric.label: label} if metric.label else {})
+            self.counters[place] = self.families[metric].Metric(labels=labels)
+        self.counters[place].increment(number)
+
+    def close(self) -> None:
+        """Let go of them."""
+        self.counters.clear()
+        self.families.clear()
 
 
 def send(sender: Any, response: Any) -> None:  # noqa: ANN401 - Triton's objects are untyped
@@ -205,11 +262,49 @@ def send(sender: Any, response: Any) -> None:  # noqa: ANN401 - Triton's objects
 def read_asks(request: Any) -> list[Ask]:  # noqa: ANN401 - Triton's objects are untyped
     """Return the asks of one request, one per user."""
     columns = [read(request, name).flatten().tolist() for name in _INPUTS]
-    request_id = request.request_id()
+    size, request_id = len(columns[0]), request.request_id()
+    candidates = read_optional(request, "candidate_item", [[]] * size)
+    in_domain = read_optional(request, "in_domain", [[0]] * size)
+    deadline_ms = read_optional(request, "deadline_ms", [[0]] * size)
     return [
-        Ask(user, k, partition, offset, wait_ms, bool(exclude_seen), request_id)
-        for user, k, partition, offset, wait_ms, exclude_seen in zip(*columns, strict=True)
+        Ask(
+            user,
+            k,
+            partition,
+            offset,
+            wait_ms,
+            bool(exclude_seen),
+            request_id,
+            tuple(item for item in candidates[row] if item != NO_ITEM),
+            in_domain[row][0] % _HASHES,
+            deadline_ms[row][0],
+        )
+        for row, (user, k, partition, offset, wait_ms, exclude_seen) in enumerate(
+            zip(*columns, strict=True)
+        )
     ]
+
+
+def read_optional(request: Any, name: str, default: list[list[int]]) -> list[list[int]]:  # noqa: ANN401
+    """Return an input's rows, or the default where the request does not carry it."""
+    if pb_utils.get_input_tensor_by_name(request, name) is None:
+        return default
+    rows: list[list[int]] = read(request, name).tolist()
+    return rows
+
+
+def refusal(ask: Ask) -> str | None:
+    """Return what is wrong with an ask, None if nothing is."""
+    if not 0 < ask.k <= K_MAX:
+        return f"k={ask.k}; ask for 1 to {K_MAX} items"
+    if len(ask.candidates) > CANDIDATES_MAX:
+        return f"{len(ask.candidates)} candidates; rank at most {CANDIDATES_MAX} in one request"
+    return None
+
+
+def is_hurried(ask: Ask) -> bool:
+    """Return whether the ask would hurry a batch."""
+    return 0 < ask.deadline_ms < _HURRIED_MS
 
 
 def refuse(message: str) -> Any:  # noqa: ANN401 - Triton's objects are untyped

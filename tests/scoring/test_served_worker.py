@@ -1,0 +1,174 @@
+"""Beside a real worker: withdrawn items leave answers, and positions of events are reached."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from typing import TYPE_CHECKING
+
+import pytest
+
+from features.clock import now_ms
+from features.events import Event
+from scoring.signature import Degraded
+from streams.kafka import KafkaConfig, ensure_topics
+from streams.producer import EventProducer
+from streams.topics import Topics
+from tests.scoring.states import write_clicks
+from tests.scoring.tiny import ITEM_IDS
+from tests.small import REPOSITORY
+from tests.waiting import until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from compose.local.stack import LocalStack
+    from features.redis import StateStore
+    from scoring.client import Recommender
+
+pytestmark = pytest.mark.servers
+WITHDRAWN_S_MAX = 10.0
+
+
+@pytest.fixture
+def topics(triton_stack: LocalStack) -> Topics:
+    """Topics of the test's own, on the broker beside Triton."""
+    fresh = Topics(f"t{uuid.uuid4().hex[:12]}")
+    ensure_topics(KafkaConfig(triton_stack.addresses.kafka), fresh.specs(2))
+    return fresh
+
+
+@pytest.fixture
+def environment(
+    triton_stack: LocalStack, served_store: StateStore, topics: Topics, tmp_path: Path
+) -> dict[str, str]:
+    """What the commands are told."""
+    addresses = triton_stack.addresses
+    return {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "MOVELINE_KAFKA__BOOTSTRAP": addresses.kafka,
+        "MOVELINE_KAFKA__PREFIX": topics.prefix,
+        "MOVELINE_KAFKA__PARTITIONS": "2",
+        "MOVELINE_REDIS__URL": addresses.redis,
+        "MOVELINE_TRITON__GRPC": addresses.triton_grpc,
+        "MOVELINE_GENERATION": f"g{served_store.generation}",
+        "MOVELINE_WORKER__METRICS_PORT": "0",
+        "MOVELINE_RUN_DIR": str(tmp_path),
+    }
+
+
+@pytest.fixture
+def worker(environment: dict[str, str], tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A `moveline worker` that keeps the state and the catalogue which answers are read from."""
+    with (tmp_path / "worker.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "compose.cli", "worker"],
+            env=environment,
+            stdout=log,
+            stderr=log,
+        )
+    yield process
+    process.send_signal(signal.SIGTERM)
+    process.wait(30)
+
+
+def load_items(environment: dict[str, str], path: Path, rows: dict[int, bool]) -> float:
+    """Run `moveline items load`; return when it ended."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["item_id", "name", "available"])
+        writer.writerows((item, f"item {item}", available) for item, available in rows.items())
+    subprocess.run(
+        [sys.executable, "-m", "compose.cli", "items", "load", str(path)],
+        env=environment,
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+    return time.monotonic()
+
+
+def test_a_withdrawn_item_leaves_every_answer(
+    environment: dict[str, str],
+    worker: subprocess.Popen[bytes],
+    recommender: Recommender,
+    served_store: StateStore,
+    go_live: Callable[..., None],
+    version: int,
+    tmp_path: Path,
+) -> None:
+    write_clicks(served_store, 5, ITEM_IDS[:8])
+    go_live(version)
+    first = recommender.recommend(5, k=5, deadline_s=5).items[0].item_id
+    gone = {first, 7}
+
+    def shown() -> set[int]:
+        asked = [
+            *recommender.recommend_many([5, 6], k=30, deadline_s=5),
+            recommender.recommend(5, k=30, candidates=[*ITEM_IDS, 7], deadline_s=5),
+        ]
+        return {item.item_id for answer in asked for item in answer.items}
+
+    assert gone <= shown()
+    loaded_s = load_items(environment, tmp_path / "items.csv", dict.fromkeys(gone, False))
+    until(lambda: not gone & shown(), 30, what="withdrawn items are gone")
+    took_s = time.monotonic() - loaded_s
+    assert took_s < WITHDRAWN_S_MAX
+    assert worker.poll() is None
+    # Whichever instance answers.
+    for _ in range(20):
+        assert not gone & shown()
+
+
+def test_positions_of_repeats_and_of_what_enters_no_stream_are_reached(
+    triton_stack: LocalStack,
+    topics: Topics,
+    worker: subprocess.Popen[bytes],
+    recommender: Recommender,
+    go_live: Callable[..., None],
+) -> None:
+    go_live(None)
+    click = Event(event_id="twice", user_id=5, item_id=1, action="click", event_time_ms=now_ms())
+    with EventProducer(KafkaConfig(triton_stack.addresses.kafka), topics.events) as producer:
+        sent = producer.send_and_wait(click)
+        # The first answer waits for the worker to start.
+        until(
+            lambda: (
+                Degraded.POSITION_NOT_REACHED
+                not in recommender.recommend(
+                    5, min_position=sent.position, deadline_s=5
+                ).provenance.degraded
+            ),
+            60,
+            what="the first event",
+        )
+        repeat = producer.send_and_wait(click)
+        started = time.monotonic()
+        answer = recommender.recommend(5, min_position=repeat.position, deadline_s=4)
+        assert Degraded.POSITION_NOT_REACHED not in answer.provenance.degraded
+        assert answer.provenance.ordinal == 1
+        assert time.monotonic() - started < 4
+        other = producer.send_and_wait(
+            Event(
+                event_id="seen", user_id=5, item_id=1, action="impression", event_time_ms=now_ms()
+            )
+        )
+    # Nothing of it enters the bucket: it is reached when idle buckets are brought up.
+    until(
+        lambda: (
+            Degraded.POSITION_NOT_REACHED
+            not in recommender.recommend(
+                5, min_position=other.position, deadline_s=4
+            ).provenance.degraded
+        ),
+        20,
+        what="the impression's position",
+    )
+    assert worker.poll() is None
