@@ -13,17 +13,18 @@ from compose.canary_rules import ArmFigures, Decision, Rules, Verdict, decide
 from compose.cli.options import kafka_of, stores_of
 from compose.errors import ComposeError
 from compose.memories import MANIFEST, make_ready, memory_of
-from compose.serving import point
+from compose.publishing import give_up, prepare
+from compose.serving import open_servers, point
 from features.clock import now_ms
 from features.errors import SchemaMismatchError
 from features.redis import Canary, Pointers
 from features.schema import schema_hash
 from scoring.signature import RETRIEVAL_MODEL
-from scoring.triton import TritonServer
 from streams.control import claim_token, read_pointers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from compose.settings import Settings
     from streams.kafka import KafkaConfig
@@ -134,32 +135,63 @@ def start(settings: Settings, version: int, request: CanaryRequest) -> Canary:
     kafka, topics = kafka_of(settings)
     token = claim_token(kafka, topics, "canary")
     live = _live(kafka, topics)
-    if live.canary is not None:
-        raise CanaryError(
-            f"version {live.canary.version} is being tried already: end that first with "
-            "`moveline canary stop` or `moveline canary promote`."
-        )
+    _refuse_second(live)
     if version == live.model_version:
         raise CanaryError(f"version {version} is live: try another one, see `moveline status`.")
-    with TritonServer(settings.triton.grpc) as server:
-        if not server.is_ready(RETRIEVAL_MODEL, version):
+    with open_servers(settings) as servers:
+        if not all(server.is_ready(RETRIEVAL_MODEL, version) for server in servers):
             raise CanaryError(
                 f"Triton at {settings.triton.grpc} has not loaded version {version} of "
-                f"`{RETRIEVAL_MODEL}`: publish it first, see `moveline status`."
+                f"`{RETRIEVAL_MODEL}`: see `moveline models`, or bring a package with "
+                "`moveline canary start --package FOLDER`."
             )
     _refuse_other_schema(settings, live, version)
     memory = memory_of(settings.model_repository, version)
     if memory is not None and memory.memory_version != live.memory_version:
         make_ready(settings, kafka, topics, live.generation, memory)
-    canary = Canary(
-        version,
-        memory.memory_version if memory else None,
-        request.mode,
-        request.share or settings.canary.share,
-        now_ms(),
-    )
+    memory_version = memory.memory_version if memory else None
+    return _try(settings, live, _canary(settings, version, memory_version, request), token)
+
+
+def start_package(settings: Settings, package: Path, request: CanaryRequest) -> Canary:
+    """Bring a package into every Triton and try it: no step of publishing is left out but the last.
+
+    Raises:
+        CanaryError: nothing is live to compare with, or another version is tried.
+        ComposeError, TrainerError: as `compose.publishing.prepare`.
+    """
+    kafka, topics = kafka_of(settings)
+    token = claim_token(kafka, topics, "canary")
+    live = _live(kafka, topics)
+    _refuse_second(live)
+    ready = prepare(settings, package, token)
+    version, memory_version = ready.published.version, ready.pointers.memory_version
+    try:
+        return _try(settings, live, _canary(settings, version, memory_version, request), token)
+    except BaseException:
+        give_up(settings, ready)
+        raise
+
+
+def _canary(
+    settings: Settings, version: int, memory_version: str | None, request: CanaryRequest
+) -> Canary:
+    share = request.share or settings.canary.share
+    return Canary(version, memory_version, request.mode, share, now_ms())
+
+
+def _try(settings: Settings, live: Pointers, canary: Canary, token: int) -> Canary:
+    kafka, topics = kafka_of(settings)
     _move(settings, kafka, topics, msgspec.structs.replace(live, canary=canary, token=token))
     return canary
+
+
+def _refuse_second(live: Pointers) -> None:
+    if live.canary is not None:
+        raise CanaryError(
+            f"version {live.canary.version} is being tried already: end that first with "
+            "`moveline canary stop` or `moveline canary promote`."
+        )
 
 
 def promote(settings: Settings) -> Canary:

@@ -97,7 +97,7 @@ def publish_package(
     try:
         point(settings, kafka, topics, ready.pointers, on_step=on_step)
     except BaseException:
-        _give_up(settings, ready)
+        give_up(settings, ready)
         raise
     versions = Versions.read(settings.model_repository, kafka, topics)
     with open_servers(settings) as servers:
@@ -133,10 +133,11 @@ def prepare(
     return Prepared(published, pointers)
 
 
-def _give_up(settings: Settings, ready: Prepared) -> None:
-    """Take a version out again unless it is live: the record of truth may name it already."""
+def give_up(settings: Settings, ready: Prepared) -> None:
+    """Take a version out again unless the record of truth names it already."""
     kafka, topics = kafka_of(settings)
-    if Versions.read(settings.model_repository, kafka, topics).live != ready.published.version:
+    versions = Versions.read(settings.model_repository, kafka, topics)
+    if ready.published.version not in {versions.live, versions.canary}:
         with open_servers(settings) as servers:
             take_out(ready.published.folder, servers)
 

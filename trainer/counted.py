@@ -37,7 +37,7 @@ RENEWED_MS = 60_000
 # Decimals that a sum of weights is rounded to before it is ranked: sums made in another order tie.
 DECIMALS = 6
 # Items of a popularity list that are kept for the next label of the same minute.
-KEPT = 1_000
+KEPT = 300
 _NOTHING: Listed = (np.zeros(0, np.int64), np.zeros(0))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -27,8 +28,13 @@ def register(app: typer.Typer) -> None:
 
 @canary_app.command("start")
 def start(
-    version: Annotated[int, typer.Argument(help="A version of gems that Triton has loaded.")],
+    version: Annotated[
+        int | None, typer.Argument(help="A version of gems that Triton has loaded.")
+    ] = None,
     *,
+    package: Annotated[
+        Path | None, typer.Option(help="A package that Triton does not have yet, instead.")
+    ] = None,
     share: Annotated[
         float | None,
         typer.Option(
@@ -52,16 +58,24 @@ def start(
     Its memories are made first where it reads others than the live version. Publishing or a
     rollback ends a canary.
 
-    Example: moveline canary start 7 --share 0.1; moveline canary watch
+    Example: moveline canary start --package models/gems-1763700000000 --share 0.1, then
+    moveline canary watch
     """
-    from compose.canary import CanaryRequest
+    from compose.canary import CanaryRequest, start_package
     from compose.canary import start as begin
+
+    if (version is None) == (package is None):
+        raise typer.BadParameter("name a version that Triton has, or --package; not both")
 
     settings = options.settings_of(
         config, kafka=kafka, redis=redis, triton=triton, lake=lake, repository=repository
     )
     request = CanaryRequest(share, "shadow" if shadow else "canary")
-    canary = begin(settings, version, request)
+    if package is not None:
+        canary = start_package(settings, package, request)
+    else:
+        assert version is not None
+        canary = begin(settings, version, request)
     Console(stderr=True).print(
         f"version {canary.version} is tried as a {canary.mode} on {canary.share:.1%} of users. "
         "Next: moveline canary watch"

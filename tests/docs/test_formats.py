@@ -17,7 +17,7 @@ from tritonclient.grpc import model_config_pb2
 from compose.cli import app
 from compose.settings import Settings
 from compose.trainer_service.metrics import TrainerMetrics
-from features import keys, nearline
+from features import followers, keys, nearline
 from features.catalogue import Item
 from features.config import DEFAULT_ACTIONS
 from features.errors import Reason
@@ -101,7 +101,7 @@ def test_topics(formats: str, table: Table) -> None:
 
 def key_makers() -> Iterator[tuple[str, str]]:
     """Yield each maker of a Redis key, and its key as the page writes it."""
-    for name, value in (vars(keys) | vars(nearline)).items():
+    for name, value in (vars(keys) | vars(nearline) | vars(followers)).items():
         if name.endswith("_KEY"):
             yield name, value
         elif name.endswith("_key") and inspect.isfunction(value):
