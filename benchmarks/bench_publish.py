@@ -6,9 +6,9 @@ memories, small streams. Requests for one of eight users come at a steady rate w
 that wait for their answers reach, and at least 30/s. Meanwhile VERSIONS packages are published one
 after the other, each by a process of its own with lower priority, then two are rolled back. Every
 answer is compared with what the version that spoke is known to answer: weights of another version,
-a version that is not live, or no model at all count as mixed. Times of answers that were due between
-the start and the end of a publication are the swap's; quiet is before the first one. Not measured:
-a network, Triton on another machine, large models, memories of users with chunks.
+a version that is not live, or no model at all count as mixed. Times of answers that were due
+between the start and the end of a publication are the swap's; quiet is before the first one. Not
+measured: a network, Triton on another machine, large models, memories of users with chunks.
 
   RATE=n      requests per second instead of what was found
   VERSIONS=n  publications (10)

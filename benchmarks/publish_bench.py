@@ -213,7 +213,7 @@ class Child:
 
     def kill(self) -> None:
         """End it with SIGKILL."""
-        self.process.send_signal(signal.SIGKILL)
+        self.process.kill()
         self.process.communicate()
 
     def end(self) -> tuple[int, str]:

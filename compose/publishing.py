@@ -116,7 +116,8 @@ def prepare(
     leave it to the next publication.
 
     Raises:
-        SchemaMismatchError, TrainerError, MemoryVersionError: as `publish_package`.
+        SchemaMismatchError, TrainerError, MemoryVersionError, StaleTokenError: as
+            `publish_package`.
     """
     kafka, topics = kafka_of(settings)
     refuse_other_schema(settings, verify(package))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from compose.errors import ComposeError
 from compose.memories import make_ready, memory_of
+from features.errors import StaleTokenError
 from features.redis import CatalogueStore, Pointers, connect
 from scoring.client import Recommender
 from scoring.live import REFRESH_S
@@ -58,8 +59,12 @@ def pointers_to(
 
     Raises:
         MemoryVersionError: too many users lack memories of the version that it reads.
+        StaleTokenError: somebody with a later token moved the pointers meanwhile.
     """
     recorded = read_pointers(kafka, topics)
+    if recorded is not None and recorded.token > token:
+        # That one has cleared up, too: the version may be gone.
+        raise StaleTokenError(token, recorded.token)
     generation = recorded.generation if recorded else settings.generation_number
     memory = memory_of(settings.model_repository, version)
     if memory is None:

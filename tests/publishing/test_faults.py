@@ -16,6 +16,9 @@ from benchmarks.publish_faults import CASES
 if TYPE_CHECKING:
     from benchmarks.publish_bench import Installation
 
+# The installation is counted with the first test; on a busy machine Triton's loads take a minute.
+pytestmark = pytest.mark.timeout(900)
+
 
 @pytest.mark.parametrize(
     "name",

@@ -30,6 +30,9 @@ from trainer.repository import versions_on_disk
 if TYPE_CHECKING:
     from benchmarks.publish_bench import Installation
 
+# The installation is counted with the first test; on a busy machine Triton's loads take a minute.
+pytestmark = pytest.mark.timeout(900)
+
 
 def moveline(bench: Installation, *words: str) -> subprocess.CompletedProcess[str]:
     """Run a command."""
