@@ -14,9 +14,9 @@ Judged: 1,200 users that click after the 9th, at most 12 clicks of each on each 
 Every click is ranked against all items before it is shown, the clicks of a user at one time
 together; with the state of the moment (live), and with the state of the arm's last training
 (frozen): what a user did since, and what is popular since, is not known then. SERVED=gems mixes the
-model with live counts, by weights that each training fits to the newest 2% of its window, which
-the model is not trained on; gems_no_sources is the model alone. Beside them, what needs no model:
-clicks lately, halved every three hours, and what others clicked after the user's last item.
+model with live counts, by constant weights under which the clicks since the training before were
+likeliest with the model of then; gems_no_sources is the model alone. Beside them, what needs no
+model: clicks lately, halved every three hours, and what others clicked after the user's last item.
 
 Not measured: the time that a training takes to be published (bench-publish). One file an arm and
 training is kept under benchmarks/results/staleness, with the newest model of each arm, so that a
@@ -186,7 +186,7 @@ def parsed() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     of = {one.name: one.default for one in dataclasses.fields(Protocol)}
-    parser.add_argument("--served", choices=tuple(SERVED), default=of["served"])
+    parser.add_argument("--served", choices=SERVED, default=of["served"])
     parser.add_argument("--one-user-in", type=int, default=of["one_user_in"])
     parser.add_argument("--test-users", type=int, default=of["test_users"])
     parser.add_argument("--first-s", type=float, default=of["first_s"])

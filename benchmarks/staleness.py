@@ -20,9 +20,11 @@ import numpy as np
 from benchmarks.common import CONSOLE
 from features.history import labels_at
 from trainer.baselines import NEWS_HALF_LIFE_MS, lists_of
+from trainer.batches import in_order
+from trainer.blend import blended, calibrated, target_shares
 from trainer.contest import Budget, Contest, Entry
 from trainer.dataset import label_groups, training_groups
-from trainer.evaluate import held_out_groups
+from trainer.evaluate import BATCH_GROUPS, held_out_groups
 from trainer.loop import LoopConfig
 from trainer.models.config import GemsConfig
 from trainer.protocols import Task, rows_of
@@ -35,8 +37,12 @@ from trainer.warm_start import warm_train
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from trainer.baselines import ScoredRanker
     from trainer.dataset import EventLog, LabelGroups
     from trainer.train import Trained
+
+# Of the model and of each of REFERENCES; None where the model answers alone.
+Weights = list[float] | None
 
 HOUR_MS: Final = 3_600_000
 DAY_MS: Final = 24 * HOUR_MS
@@ -44,8 +50,8 @@ DAY_MS: Final = 24 * HOUR_MS
 REVISION: Final = 1
 # Hours between two trainings of an arm; None is never again.
 ARMS: Final[dict[str, int | None]] = {"once": None, "daily": 24, "sixhourly": 6}
-# What is ranked, and the rival of trainer/rivals.py that it is.
-SERVED: Final = {"gems": "gems_blend", "gems_no_sources": "gems"}
+# What is ranked: the model mixed with what others did, or the model alone.
+SERVED: Final = ("gems", "gems_no_sources")
 # Rankings that need no model, and how often their frozen state is renewed: as an arm's.
 REFERENCES: Final = ("recent_popularity", "co_occurrence")
 # Users are put into this many parts by hash before every n-th part is taken.
@@ -68,7 +74,7 @@ class Protocol:
         half_life_ms: What recent popularity counts is worth half after so long.
         prior_half_life_ms: Likewise what the priors of a model count when it is trained. An hour
             was better than three on 8 October, which is not judged.
-        calibration_share: Of those labels, the newest part that weighs sources, not weights.
+        calibration_users: Users whose labels weigh the sources of a mixture, at most.
         served: What is ranked; see SERVED.
         examples_per_batch: Labels of a step. Their histories are short, so that many together cost
             little more than a few.
@@ -86,7 +92,6 @@ class Protocol:
     window_ms: int = DAY_MS
     half_life_ms: int = NEWS_HALF_LIFE_MS
     prior_half_life_ms: int = HOUR_MS
-    calibration_share: float = 0.02
     calibration_users: int = 400
     served: str = "gems"
     seed: int = 1
@@ -280,15 +285,17 @@ def run_arm(ground: Ground, arm: str) -> None:
     states = _States(ground, arm)
     begin = states.place_to_begin(moments, missing[0])
     for place in range(begin, len(moments)):
-        trained = states.trained_at(moments, place)
-        _judge_moment(ground, arm, moments[place], trained)
+        state, weights = states.trained_at(moments, place)
+        _judge_moment(ground, arm, moments[place], state, weights)
 
 
-def _judge_moment(ground: Ground, arm: str, moment_ms: int, state: WarmState) -> None:
-    entry = entry_of(ground, state, moment_ms)
+def _judge_moment(
+    ground: Ground, arm: str, moment_ms: int, state: WarmState, weights: Weights
+) -> None:
+    entry = entry_of(ground, state, weights)
     labels = ground.interval(arm, moment_ms)
     found = ground.judged(entry, labels, moment_ms, f"{arm} {ground.path(arm, moment_ms).stem}")
-    facts = {"items": state.vocabulary.num_items, "weights": entry.weights}
+    facts = {"items": state.vocabulary.num_items, "weights": weights}
     ground.write(arm, moment_ms, {**facts, **found})
     CONSOLE.print(f"{ground.path(arm, moment_ms).stem}: {len(labels)} labels judged, {facts}")
 
@@ -309,35 +316,47 @@ class _States:
         known_ms = self.state.split_ms + 1
         return missing if known_ms in moments[missing - 1 : missing + 1] else 0
 
-    def trained_at(self, moments: list[int], place: int) -> WarmState:
-        """The arm's model as trained at a moment."""
+    def trained_at(self, moments: list[int], place: int) -> tuple[WarmState, Weights]:
+        """The arm's model as trained at a moment, and the weights it is mixed with."""
         moment_ms = moments[place]
         if place == 0:
-            self.state = self._base()
-        if self.state is None or self.state.split_ms + 1 != moment_ms:
-            assert self.state is not None, "place_to_begin found a state"
+            return self._base()
+        assert self.state is not None, "place_to_begin found a state"
+        if self.state.split_ms + 1 != moment_ms:
             config = self.ground.protocol.training(self.ground.protocol.seconds(self.arm))
-            self._keep(self.arm, trained_on(self.ground, self.state, config, moment_ms))
+            self._train(self.arm, self.state, config, moment_ms)
             self.state = self._kept(self.arm)
         assert self.state is not None
-        return self.state
+        return self.state, self._weights(self.arm, moment_ms)
 
-    def _base(self) -> WarmState:
+    def _base(self) -> tuple[WarmState, Weights]:
         """What all arms begin with; trained once."""
-        kept = self._kept("base")
-        if kept is None:
-            self._keep("base", first_training(self.ground))
-            kept = self._kept("base")
-        assert kept is not None
-        return kept
+        split_ms = self.ground.protocol.split_ms
+        if self._kept("base") is None:
+            config = self.ground.protocol.training(self.ground.protocol.seconds("daily"))
+            self._train("base", WarmState.of(first_training(self.ground)), config, split_ms)
+        self.state = self._kept("base")
+        assert self.state is not None
+        return self.state, self._weights("base", split_ms)
 
-    def _path(self, name: str) -> Path:
-        return self.folder / f"{name}-{self.ground.key}"
-
-    def _keep(self, name: str, trained: Trained) -> None:
+    def _train(self, name: str, state: WarmState, config: TrainConfig, moment_ms: int) -> None:
+        """Weigh by what the model before did in its time, then train; both are kept."""
+        weights = weights_of(self.ground, state, moment_ms)
+        trained = trained_on(self.ground, state, config, moment_ms)
         new = self.folder / "new"
         new.mkdir(parents=True, exist_ok=True)
+        kept = {"moment_ms": moment_ms, "weights": weights}
+        self._path(name, ".json").write_text(json.dumps(kept), encoding="utf-8")
         save_state(trained, new).replace(self._path(name))
+
+    def _weights(self, name: str, moment_ms: int) -> Weights:
+        kept = json.loads(self._path(name, ".json").read_text(encoding="utf-8"))
+        assert kept["moment_ms"] == moment_ms, "weights are written before the state"
+        weights: Weights = kept["weights"]
+        return weights
+
+    def _path(self, name: str, suffix: str = "") -> Path:
+        return self.folder / f"{name}-{self.ground.key}{suffix}"
 
     def _kept(self, name: str) -> WarmState | None:
         path = self._path(name)
@@ -345,70 +364,79 @@ class _States:
 
 
 def first_training(ground: Ground) -> Trained:
-    """From nothing on all events before the split, then like every later one on the newest.
+    """From nothing, on all events until a window before the split.
 
-    The second part makes the first model of the same kind as the later ones: priors count the
-    newest window there, too.
+    The window itself is learned at the split, as at every later moment: what all arms begin with is
+    of the same kind as what comes later, and has been weighed in the same way.
     """
     protocol = ground.protocol
-    last_ms = calibration_from_ms(ground, protocol.split_ms) - 1
-    known = rows_of(ground.log, ground.log.event_time_ms_N <= last_ms)
-    base = train(known, protocol.training(protocol.first_s))
-    config = protocol.training(protocol.seconds("daily"))
-    return trained_on(ground, WarmState.of(base), config, protocol.split_ms)
+    known = rows_of(ground.log, ground.log.event_time_ms_N < protocol.split_ms - protocol.window_ms)
+    trained = train(known, protocol.training(protocol.first_s))
+    return dataclasses.replace(trained, split_ms=protocol.split_ms - protocol.window_ms - 1)
 
 
 def trained_on(ground: Ground, state: WarmState, config: TrainConfig, moment_ms: int) -> Trained:
     """A training at a moment, on the newest labels before it; it sees nothing else."""
-    until_ms = calibration_from_ms(ground, moment_ms) - 1
-    known = rows_of(ground.log, ground.log.event_time_ms_N <= until_ms)
-    from_ms = moment_ms - ground.protocol.window_ms
-    trained = warm_train(
+    known = rows_of(ground.log, ground.log.event_time_ms_N < moment_ms)
+    return warm_train(
         known,
         state,
         config,
-        until_ms=until_ms,
-        from_ms=from_ms,
+        until_ms=moment_ms - 1,
+        from_ms=moment_ms - ground.protocol.window_ms,
         half_life_ms=ground.protocol.prior_half_life_ms,
     )
-    # A state is known by its moment, whatever of it was kept back to weigh sources.
-    return dataclasses.replace(trained, split_ms=moment_ms - 1)
 
 
-def calibration_from_ms(ground: Ground, moment_ms: int) -> int:
-    """From when on labels weigh sources and train nothing; the moment itself without sources."""
-    protocol = ground.protocol
-    if protocol.served == "gems_no_sources":
-        return moment_ms
-    time_ms = ground.contest.task.log.event_time_ms_N
-    window = time_ms[(time_ms >= moment_ms - protocol.window_ms) & (time_ms < moment_ms)]
-    return int(np.quantile(window, 1.0 - protocol.calibration_share))
+def model_alone(ground: Ground, state: WarmState) -> ScoredRanker:
+    """The ranking of a model, whatever the time of a label."""
+    source = gems_source(ground.log, state.vocabulary, state.config.model)
+    naming = Naming.of(ground.contest.catalogue, state.vocabulary, repeats=True)
+    return gems_ranker(state.model, source, naming)
 
 
-def entry_of(ground: Ground, state: WarmState, moment_ms: int) -> Entry:
-    """A model as it is served from a moment on, with the weights that its sources had then."""
-    contest, vocabulary = ground.contest, state.vocabulary
-    source = gems_source(ground.log, vocabulary, state.config.model)
-    naming = Naming.of(contest.catalogue, vocabulary, repeats=True)
-    scored = gems_ranker(state.model, source, naming)
-    task = dataclasses.replace(contest.task, tune=_tuning(ground, moment_ms))
-    free = {name: contest.enter(name) for name in (*REFERENCES, "own_frequency")}
-    entered = {**free, "gems": Entry(lists_of(scored), scored)}
-    at_moment = dataclasses.replace(contest, task=task, vocabulary=vocabulary, entered=entered)
-    return at_moment.enter(SERVED[ground.protocol.served])
+def mixed_sources(ground: Ground, state: WarmState) -> list[ScoredRanker]:
+    """The model and the rankings without a model, in the order of their weights."""
+    scored = [ground.contest.enter(name).scored for name in REFERENCES]
+    return [model_alone(ground, state), *(one for one in scored if one is not None)]
 
 
-def _tuning(ground: Ground, moment_ms: int) -> LabelGroups:
-    """The labels that weigh sources; none without sources."""
+def entry_of(ground: Ground, state: WarmState, weights: Weights) -> Entry:
+    """A model as it is served."""
+    if weights is None:
+        alone = model_alone(ground, state)
+        return Entry(lists_of(alone), alone)
+    mixed = blended(mixed_sources(ground, state), np.array(weights))
+    return Entry(lists_of(mixed), mixed)
+
+
+def weights_of(ground: Ground, state: WarmState, moment_ms: int) -> Weights:
+    """The weights under which what came between a training and a moment was likeliest.
+
+    A model is worth most in the minute it is trained. Weights fitted there would trust it too much
+    for as long as it is served; those of its whole time are what the next one is served with.
+    """
+    if ground.protocol.served == "gems_no_sources":
+        return None
     groups = label_groups(ground.log)
-    begin_ms = calibration_from_ms(ground, moment_ms)
+    begin_ms = state.split_ms + 1
     window = groups.select(_between(groups, begin_ms, moment_ms))
+    sources = mixed_sources(ground, state)
     if len(window) == 0:
-        return window
-    return held_out_groups(
+        return [1.0 / len(sources)] * len(sources)
+    tune = held_out_groups(
         ground.log,
         window,
         split_ms=begin_ms - 1,
         seed=ground.protocol.seed,
         max_users=ground.protocol.calibration_users,
+        max_groups_per_user=ground.protocol.labels_per_day,
     )
+    targets = Targets.of(ground.contest.source, tune)
+    parts = list(in_order(tune, size=BATCH_GROUPS))
+    share_SE = []
+    for source in sources:
+        items, shares = zip(*(source(part) for part in parts), strict=True)
+        scored = np.concatenate(items), np.concatenate(shares)
+        share_SE.append(target_shares(scored, targets.group_E, targets.item_E))
+    return [round(float(one), 4) for one in calibrated(np.stack(share_SE, axis=1))]

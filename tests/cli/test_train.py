@@ -30,17 +30,19 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 TRAIN = ("-m", "compose.cli", "train", "--epochs", "2", "--threads", "1")
 
 
-def add_events(lake: Path, *, seed: int) -> None:
+def add_events(
+    lake: Path, *, seed: int, topic: str = "moveline.events", first_item: int = 100
+) -> None:
     """Users who keep to a handful of items each."""
     rng = np.random.default_rng(seed)
-    place = Place(lake, "moveline.events", 0)
+    place = Place(lake, topic, 0)
     append(
         place,
         [
             event(
                 NUM_EVENTS * seed + number,
                 user_id=user,
-                item_id=100 + 5 * user + int(rng.integers(6)),
+                item_id=first_item + 5 * user + int(rng.integers(6)),
             )
             for number, user in enumerate(rng.integers(0, NUM_USERS, NUM_EVENTS).tolist())
         ],
