@@ -134,5 +134,7 @@ def read_trending(settings: Settings) -> Trending:
     items, counts = np.unique(log.item_id_N[newest], return_counts=True)
     order = np.argsort(-counts, kind="stable")[:K_MAX]
     return Trending(
-        tuple(items[order].tolist()), tuple((counts[order] / counts.sum()).round(6).tolist())
+        tuple(items[order].tolist()),
+        tuple((counts[order] / counts.sum()).round(6).tolist()),
+        total=1.0,
     )

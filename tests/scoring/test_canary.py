@@ -129,7 +129,7 @@ def next_version(
 
     del version
     with TritonServer(triton_stack.addresses.triton_grpc) as server:
-        published = publish(package, model_repository, server)
+        published = publish(package, model_repository, [server])
         yield published.version
         # Two versions stay loaded: the first one is to stay when others publish more of them.
         shutil.rmtree(published.folder)
