@@ -22,7 +22,7 @@ from trainer.batches import length_batches
 from trainer.checkpoint import Checkpoint, Position
 from trainer.dataset import Int64s
 from trainer.errors import DivergedError, EmptyWindowError
-from trainer.optimiser import new_optimiser, relative_rate
+from trainer.optimiser import new_optimiser, relative_rate, set_rate
 from trainer.ranks import Ranks, joined
 from trainer.run_log import RunLog
 
@@ -326,8 +326,7 @@ def _step(
     step, config = position.step, run.config
     torch.manual_seed(_seed(config.seed, step, run.ranks.number))
     batch, is_spare = run.batch(chosen, step)
-    for group in run.optimiser.param_groups:
-        group["lr"] = rate
+    set_rate(run.optimiser, rate)
     with torch.autocast(run.ranks.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         mean = run.mean_loss(batch)
     own = 0 if is_spare else run.learner.num_targets(batch)

@@ -18,15 +18,33 @@ BETAS = (0.9, 0.98)
 def new_optimiser(model: nn.Module, *, weight_decay: float) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters.
 
-    The matrices of linear layers decay; tables and biases hold counts and do not.
+    The matrices of linear layers decay; tables and biases hold counts and do not. A module may have
+    a `rate_factor`: its parameters learn so many times as fast as the others.
     """
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-    trained = [p for p in model.parameters() if p.requires_grad]
+    factor: dict[int, float] = {}
+    for m in model.modules():
+        if times := getattr(type(m), "rate_factor", None):
+            factor |= dict.fromkeys(map(id, m.parameters()), float(times))
+    parts: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for p in model.parameters():
+        if p.requires_grad:
+            parts.setdefault((factor.get(id(p), 1.0), id(p) in linear), []).append(p)
     groups = [
-        {"params": [p for p in trained if id(p) in linear], "weight_decay": weight_decay},
-        {"params": [p for p in trained if id(p) not in linear], "weight_decay": 0.0},
+        {
+            "params": parameters,
+            "weight_decay": weight_decay if decays else 0.0,
+            "rate_factor": times,
+        }
+        for (times, decays), parameters in parts.items()
     ]
     return torch.optim.AdamW(groups, fused=True, betas=BETAS)
+
+
+def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    """The next step is taken at this learning rate."""
+    for group in optimiser.param_groups:
+        group["lr"] = rate * group["rate_factor"]
 
 
 def relative_rate(done: float) -> float:
