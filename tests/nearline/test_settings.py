@@ -10,6 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from compose.cli import nearline
+from features.sources import HALF_LIFE_H_DEFAULT
 from streams.errors import NearlineConfigError
 from streams.nearline import Hint, Work, decode_hint, encode_hint, hints_of_tick
 from streams.nearline_config import NearlineConfig, from_environment
@@ -29,6 +30,7 @@ def test_the_environment_says_all_of_it() -> None:
         port=1,
         metrics_port=2,
         lateness_s=1.5,
+        half_life_h=3,
     )
     assert from_environment(config.to_environment()) == config
     assert config.app_id == "shop-nearline-g3"
@@ -38,6 +40,7 @@ def test_an_empty_environment_is_the_local_stack() -> None:
     config = from_environment({})
     assert config.kafka.bootstrap == "127.0.0.1:9092"
     assert (config.generation, config.port, config.lateness_s) == (1, 6066, 60)
+    assert config.half_life_h == HALF_LIFE_H_DEFAULT
 
 
 @pytest.mark.parametrize(
@@ -46,6 +49,7 @@ def test_an_empty_environment_is_the_local_stack() -> None:
         ("GENERATION", "first", "write g1"),
         ("NEARLINE__PORT", "70000", "allowed 0"),
         ("NEARLINE__LATENESS_S", "soon", "float"),
+        ("SOURCES__HALF_LIFE_H", "day", "int"),
         ("KAFKA__PREFIX", "a b", "topic prefix"),
         ("KAFKA__PROPERTIES", '{"security.protocol":"SSL"}', "plaintext"),
         ("KAFKA__PROPERTIES", "{", "moveline nearline"),
