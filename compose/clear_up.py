@@ -73,8 +73,12 @@ def clear_up(settings: Settings, *, keep: int = KEEP_DEFAULT, dry_run: bool = Fa
 def plan(settings: Settings, versions: Versions, *, keep: int) -> Removal:
     """Return what clearing up would remove; changes nothing."""
     stay = _staying(versions, keep)
-    old = {one: folder for one, folder in versions.folders.items() if one not in stay}
-    unproven = [folder for folder in dead_folders(versions) if folder not in old.values()]
+    unproven = dead_folders(versions)
+    old = {
+        one: folder
+        for one, folder in versions.folders.items()
+        if one not in stay and folder not in unproven
+    }
     left = [versions.folders[one] for one in stay]
     read = {facts_of(folder).get("memory_version") for folder in left}
     if versions.pointers is not None:

@@ -40,7 +40,11 @@ class RollbackError(ComposeError):
 
 @dataclass(frozen=True)
 class RolledBack:
-    """What a rollback did."""
+    """What a rollback did.
+
+    Attributes:
+        seconds: until every answer was the version's; clearing up comes after that.
+    """
 
     version: int
     before: int
@@ -68,8 +72,9 @@ def roll_back(settings: Settings, *, to: int | None = None) -> RolledBack:
         _load(versions, version, servers)
         before = versions.live or 0
         point(settings, kafka, topics, Pointers(version, generation, memory_version, token))
+        seconds = time.monotonic() - started
         tidy(Versions.read(settings.model_repository, kafka, topics), servers)
-    return RolledBack(version, before, time.monotonic() - started)
+    return RolledBack(version, before, seconds)
 
 
 def _target(versions: Versions, to: int | None) -> int:

@@ -8,6 +8,7 @@ So it can be removed, without asking whether that process is still alive.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING
 from compose.memories import MANIFEST
 from scoring.signature import LIFELONG_MODEL, RETRIEVAL_MODEL
 from streams.control import MEMORIES_KEY, decode_memories, newest_pointers, read_records, were_live
-from trainer.manifest import facts_of
+from trainer.errors import TrainerError
+from trainer.manifest import facts_of, verify_published
 from trainer.publish import reload
 from trainer.repository import (
     UNKNOWN_TOKEN,
@@ -24,6 +26,7 @@ from trainer.repository import (
     every_version,
     keep,
     publish_token,
+    restore,
     versions_on_disk,
 )
 
@@ -36,6 +39,9 @@ if TYPE_CHECKING:
     from scoring.triton import TritonServer
     from streams.kafka import KafkaConfig
     from streams.topics import Topics
+
+
+log = logging.getLogger("moveline.publish")
 
 
 def canary_version(pointers: Pointers | None) -> int | None:
@@ -146,9 +152,27 @@ def tidy(versions: Versions, servers: Sequence[TritonServer]) -> list[Path]:
         if version not in stay and not is_waiting:
             keep(versions.gems, version)
             moved = True
-    if moved:
+    if _restore_previous(versions) or moved:
         reload(versions.gems, servers)
     return removed
+
+
+def _restore_previous(versions: Versions) -> bool:
+    """Put what a rollback goes back to where Triton loads it; return whether that was to be done.
+
+    After a rollback it is one further back: so the next rollback is as quick.
+    """
+    previous = versions.previous
+    if previous is None or previous in versions_on_disk(versions.gems):
+        return False
+    try:
+        verify_published(versions.folders[previous])
+    except TrainerError as error:
+        # In the model's folder it would fail every load.
+        log.warning("version %d is left where it is: %s", previous, error)
+        return False
+    restore(versions.gems, previous)
+    return True
 
 
 def is_of_unknown_age(versions: Versions, version: int) -> bool:

@@ -69,8 +69,10 @@ def test_a_rollback_goes_back_and_forward_and_says_what_it_did(bench: Installati
     assert done.returncode == 0, done.stderr
     assert f"version {before} answers instead of {newest}" in done.stderr
     assert says(bench) == (before, before, Degraded.NONE)
-    # The one that was taken back is out of Triton's sight, and can be brought back.
-    until(lambda: ready(bench) == [before], 20)
+    # The one that was taken back is out of Triton's sight, the next one to go back to is in it.
+    further = bench.versions().previous
+    assert further is not None
+    until(lambda: ready(bench) == [further, before], 20)
     assert roll_back(bench.settings, to=newest).before == before
     assert says(bench) == (newest, newest, Degraded.NONE)
     listed = {one.version: one for one in list_models(bench.settings)}
