@@ -35,16 +35,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.common import CONSOLE
 from benchmarks.quality_data import DATA_SETS, DataMissingError, load_log
-from benchmarks.staleness import (
-    ARMS,
-    DAY_MS,
-    REFERENCES,
-    SERVED,
-    Ground,
-    Protocol,
-    run_arm,
-    run_references,
-)
+from benchmarks.staleness import REFERENCES, Ground, run_arm, run_references
+from benchmarks.staleness_protocol import ARMS, DAY_MS, SERVED, Protocol
 from compose.errors import ComposeError
 from compose.figures import RESULTS, report
 from trainer.streaming_evaluation import PerUser, Targets, figures, paired_bootstrap

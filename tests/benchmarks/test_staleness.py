@@ -14,7 +14,8 @@ import pytest
 
 from benchmarks import staleness
 from benchmarks.bench_staleness import UnfinishedError, draw, summary
-from benchmarks.staleness import ARMS, DAY_MS, HOUR_MS, Ground, Protocol, run_arm, run_references
+from benchmarks.staleness import Ground, run_arm, run_references
+from benchmarks.staleness_protocol import ARMS, DAY_MS, HOUR_MS, Protocol
 from tests.trainer.conftest import small_model
 from trainer.dataset import EventLog
 from trainer.training_state import WarmState
