@@ -18,6 +18,7 @@ from compose.cli.answers import answer_table
 from compose.cli.models import quality_table
 from compose.cli.options import kafka_of, stores_of
 from compose.cli.stack import prepare, print_addresses, remember, stack_options
+from compose.demo_loop import turn_the_loop
 from compose.errors import ComposeError
 from compose.figures import report
 from compose.groceries import Groceries, load_groceries, write_products
@@ -50,6 +51,10 @@ NUM_PROBES: Final = 1_000
 PROBE_RATE: Final = 200.0
 NUM_REQUESTS: Final = 300
 NUM_CLICKS: Final = 5
+# Held back too, and sent while the trainer's loop turns.
+NUM_LOOP_EVENTS: Final = 2_000
+# Of the first training's seconds, what the turn of the loop gets.
+LOOP_BUDGET_SHARE: Final = 0.2
 # Of the households that are shown: with fewer events there is little to recommend from.
 NUM_EVENTS_MIN: Final = 200
 K: Final = 10
@@ -92,12 +97,13 @@ class Demo:
         self._publish(groceries)
         self._catch_up("worker")
         seconds = time.monotonic() - started
-        self.figures["events_per_s"] = round((len(groceries) - NUM_PROBES) / seconds)
+        self.figures["events_per_s"] = round(_num_bulk(groceries) / seconds)
         self._probe(groceries)
         self._catch_up("worker")
         self._catch_up("lake")
         self._train_and_publish()
         self._ask(groceries)
+        self._turn_the_loop(groceries)
 
     def say(self, text: str) -> None:
         """Head the next step."""
@@ -159,7 +165,7 @@ class Demo:
 
     def _publish(self, groceries: Groceries) -> None:
         kafka, topics = kafka_of(self.settings)
-        bulk = len(groceries) - NUM_PROBES
+        bulk = _num_bulk(groceries)
         with EventProducer(kafka, topics.events) as producer:
             sent = publish_events(producer, groceries.events(0, bulk), total=bulk)
         if sent.num_failed:
@@ -206,7 +212,8 @@ class Demo:
         self.say(f"freshness at {PROBE_RATE:g} events/s")
         kafka, topics = kafka_of(self.settings)
         store, _ = stores_of(self.settings)
-        last = groceries.events(len(groceries) - NUM_PROBES, len(groceries))
+        bulk = _num_bulk(groceries)
+        last = groceries.events(bulk, bulk + NUM_PROBES)
         with EventProducer(kafka, topics.events) as producer:
             seen = measure_freshness(producer, store, last, rate=PROBE_RATE).from_acknowledgement
         self.figures |= {"freshness_p50_ms": seen.p50_ms, "freshness_p99_ms": seen.p99_ms}
@@ -251,6 +258,27 @@ class Demo:
             seen = measure_requests(recommender, users, num_requests=NUM_REQUESTS, k=K)
         self.figures |= {"request_p50_ms": seen.p50_ms, "request_p99_ms": seen.p99_ms}
 
+    def _turn_the_loop(self, groceries: Groceries) -> None:
+        """Have the trainer go on from what is live, under traffic; answers show the new version."""
+        self.say("one turn of the trainer's loop, while events and requests flow")
+        first = _num_bulk(groceries) + NUM_PROBES
+        turn = turn_the_loop(
+            self.settings,
+            users=groceries.regulars(NUM_EVENTS_MIN).tolist(),
+            events=groceries.events(first, len(groceries)),
+            budget_s=LOOP_BUDGET_SHARE * self.options.train_budget_s,
+        )
+        self.figures |= turn.figures()
+        record, spoke = turn.record, turn.traffic.versions
+        answered = ", ".join(f"version {one}: {count:,} answers" for one, count in spoke.items())
+        self.console.print(
+            f"{record.kind or 'no'} training of {record.num_steps:,} steps, {record.state}"
+            f"{': ' + record.says if record.says else ''}; {answered}; "
+            f"{len(turn.traffic.failures)} failed"
+        )
+        for failure in turn.traffic.failures[:3]:
+            self.console.print(f"  {failure}")
+
     def _click(
         self,
         recommender: Recommender,
@@ -287,6 +315,11 @@ class Demo:
             f"the answer {'changed' if changed else 'did NOT change'}; from the broker's "
             f"acknowledgement to an answer that has seen it: {visible_ms:.1f} ms"
         )
+
+
+def _num_bulk(groceries: Groceries) -> int:
+    """Return how many events are sent as fast as they go; the others follow at a steady rate."""
+    return len(groceries) - NUM_PROBES - NUM_LOOP_EVENTS
 
 
 def run_demo(settings: Settings, options: DemoOptions) -> None:
@@ -375,5 +408,11 @@ def refuse_broken_promises(figures: Mapping[str, object]) -> None:
     assert isinstance(popular, float)
     if model <= popular:
         broken.append(f"the model (HR@10 {model}) did not beat popularity ({popular})")
+    if figures["loop_verdict"] != "published":
+        broken.append(f"the turn of the loop was {figures['loop_verdict']}")
+    elif figures["loop_version_before"] == figures["loop_version_after"]:
+        broken.append("no answer came from the version that the loop published")
+    if figures["loop_failed_requests"]:
+        broken.append(f"{figures['loop_failed_requests']} requests failed while the loop turned")
     if broken:
         raise DemoFailedError("; ".join(broken))

@@ -88,9 +88,9 @@ def train_package(settings: Settings, request: TrainRequest) -> TrainResult | No
             trained = warm_train(events.log, load_state(request.warm), *how)
     if not ranks.is_first:
         return None
-    judged = Judged.of(events.log, config)
-    ranker = lists_of(served(trained).ranker(trained.gate, judged.catalogue))
-    metrics = measure(judged.source, ranker, split_ms=trained.split_ms, seed=request.seed)
+    whole = AllItems.of(events.log, config)
+    ranker = lists_of(served(trained).ranker(trained.gate, whole.catalogue))
+    metrics = measure(whole.source, ranker, split_ms=trained.split_ms, seed=request.seed)
     created_ms = now_ms()
     package = request.out or settings.models / f"{RETRIEVAL_MODEL}-{created_ms}"
     export(
@@ -144,21 +144,21 @@ def evaluate_package(settings: Settings, package: Path, *, seed: int) -> dict[st
     loaded = Package.load(package)
     config = stores_of(settings)[0].config
     log = read_log(settings, config)
-    judged = Judged.of(log, config)
-    ranker = loaded.ranker(loaded.source(log), judged.catalogue)
+    whole = AllItems.of(log, config)
+    ranker = loaded.ranker(loaded.source(log), whole.catalogue)
     split_ms = int(loaded.manifest["split_ms"])
-    return measure(judged.source, ranker, split_ms=split_ms, seed=seed)
+    return measure(whole.source, ranker, split_ms=split_ms, seed=seed)
 
 
 @dataclass(frozen=True)
-class Judged:
+class AllItems:
     """A log in terms of all its items: a live source may name what no model knows."""
 
     catalogue: Vocabulary
     source: BatchSource
 
     @classmethod
-    def of(cls, log: EventLog, config: StateConfig) -> Judged:
+    def of(cls, log: EventLog, config: StateConfig) -> AllItems:
         """Number all items of the log."""
         catalogue = Vocabulary.of(log, split_ms=int(log.event_time_ms_N.max()))
         source = BatchSource.of(log, catalogue, num_recent=config.recent, num_mid=config.mid)

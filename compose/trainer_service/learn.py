@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from compose.cli.options import kafka_of, stores_of
 from compose.trainer_service.look import find_served
-from compose.training import TrainRequest, train_config
+from compose.training import AllItems, TrainRequest, train_config
 from features.clock import now_ms
 from features.lake_window import read_window
 from features.schema import schema_hash
@@ -154,20 +154,20 @@ def judge(settings: Settings, learned: Learned, made: Draft, served: Served | No
     groups = held_out_groups(
         trained.source.log, trained.groups, split_ms=trained.split_ms, seed=SEED
     )
-    source = package.source(trained.source.log)
+    store, catalogue = stores_of(settings)
+    whole = AllItems.of(trained.source.log, store.config)
     rankers = {
-        "model": package.ranker(source),
-        POPULARITY: popularity(source),
-        OWN_FREQUENCY: own_frequency(source),
-        "own_decayed": recency_weighted(source),
+        "model": package.ranker(package.source(whole.source.log), whole.catalogue),
+        POPULARITY: popularity(whole.source),
+        OWN_FREQUENCY: own_frequency(whole.source),
+        "own_decayed": recency_weighted(whole.source),
     }
     quality = {
-        name: judge_ranking(source, groups, rank, name=name) for name, rank in rankers.items()
+        name: judge_ranking(whole.source, groups, rank, name=name) for name, rank in rankers.items()
     }
     manifest = read_manifest(made.folder / MANIFEST_FILE)
     manifest["metrics"] = figures_of(quality)
     (made.folder / MANIFEST_FILE).write_bytes(manifest_bytes(manifest))
-    store, catalogue = stores_of(settings)
     live = catalogue.get_pointers()
     live_config = (catalogue.recorded_config(live.generation) if live else None) or store.config
     return Judged(
@@ -176,20 +176,18 @@ def judge(settings: Settings, learned: Learned, made: Draft, served: Served | No
         live_schema=schema_hash(live_config),
         withdrawn=catalogue.withdrawn(),
         quality=quality,
-        served=_judge_served(served, trained.source.log, groups) if served else None,
+        served=_judge_served(served, whole, groups) if served else None,
     )
 
 
-def _judge_served(served: Served, log: EventLog, groups: LabelGroups) -> Rival:
+def _judge_served(served: Served, whole: AllItems, groups: LabelGroups) -> Rival:
     """Judge the served version; one that cannot be read does not keep its successor away."""
     try:
         package = Package.load(served.package or served.folder)
     except ExportError as error:
         return Rival(served.version, None, f"not compared: {error}")
-    source = package.source(log)
-    quality = judge_ranking(
-        source, groups, package.ranker(source), name=f"version {served.version}"
-    )
+    rank = package.ranker(package.source(whole.source.log), whole.catalogue)
+    quality = judge_ranking(whole.source, groups, rank, name=f"version {served.version}")
     return Rival(served.version, quality)
 
 
