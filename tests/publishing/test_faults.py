@@ -22,7 +22,7 @@ pytestmark = pytest.mark.timeout(900)
 
 @pytest.mark.parametrize(
     "name",
-    ["killed-renamed", "killed-recorded", "byte-flipped-on-disk", "two-at-once"],
+    ["killed-renamed", "killed-recorded", "two-at-once"],
 )
 def test_the_old_version_answers_and_the_next_publication_heals(
     bench: Installation, name: str
