@@ -264,7 +264,7 @@ class Demo:
         first = _num_bulk(groceries) + NUM_PROBES
         turn = turn_the_loop(
             self.settings,
-            users=groceries.regulars(NUM_EVENTS_MIN).tolist(),
+            users=groceries.regulars(NUM_EVENTS_MIN),
             events=groceries.events(first, len(groceries)),
             budget_s=LOOP_BUDGET_SHARE * self.options.train_budget_s,
         )

@@ -1,4 +1,4 @@
-"""One turn of the trainer's loop, in the demo: a new version goes live while events and requests flow."""
+"""One turn of the trainer's loop, in the demo: a version goes live under events and requests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
 from compose.cli.options import kafka_of
 from compose.trainer_service.one_run import run_once
@@ -53,7 +53,7 @@ class Traffic:
             for work in (self._ask, self._send)
         ]
 
-    def __enter__(self) -> Traffic:
+    def __enter__(self) -> Self:
         for thread in self._threads:
             thread.start()
         return self

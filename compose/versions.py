@@ -46,8 +46,7 @@ log = logging.getLogger("moveline.publish")
 
 def canary_version(pointers: Pointers | None) -> int | None:
     """Return the version that is being tried beside the live one."""
-    tried = getattr(pointers, "canary", None)
-    return None if tried is None else int(tried.version)
+    return None if pointers is None or pointers.canary is None else pointers.canary.version
 
 
 @dataclass(frozen=True)

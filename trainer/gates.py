@@ -186,7 +186,10 @@ def legal_gate(judged: Judged) -> Passage:
     answered = _answer(judged, batch=TIMED_BATCHES[-1], available_V=available_V, excluded=excluded)[
         "item_id"
     ].numpy()
-    allowed = np.setdiff1d(item_ids_V[available_V], excluded)
+    # What only live sources name is new: no package knows it, and it may be given.
+    counted = _inputs(judged, TIMED_BATCHES[-1])["counted_item"].numpy()
+    new = np.setdiff1d(counted, item_ids_V)
+    allowed = np.union1d(np.setdiff1d(item_ids_V[available_V], excluded), new)
     given = answered[answered >= 0]
     num_illegal = int((~np.isin(given, allowed)).sum())
     num_illegal += sum(len(row) - len(np.unique(row)) for row in _given_rows(answered))

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from compose.publishing import NoPackageError
 from compose.settings import load_settings
-from compose.training import NoPackageError, TrainRequest, train_package
+from compose.training import TrainRequest, train_package
 from compose.warm_base import PUBLISHED, warm_base
 from features.redis import Pointers
 from streams.control import write_pointers

@@ -36,6 +36,7 @@ FIGURES = {
     "ndcg10_own_frequency",
     "changed_by_click",
     "identical_without_event",
+    "loop_failed_requests",
     "seconds_total",
 }
 
@@ -87,6 +88,9 @@ def test_clicks_become_recommendations(folder: Path) -> None:
     assert figures["changed_by_click"] is True
     assert figures["identical_without_event"] is True
     assert figures["hr10_model"] > figures["hr10_popularity"] > 0
+    assert figures["loop_verdict"] == "published"
+    assert figures["loop_version_after"] > figures["loop_version_before"]
+    assert figures["loop_failed_requests"] == 0
     assert nothing_runs(folder)
 
 
