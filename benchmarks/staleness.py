@@ -69,6 +69,7 @@ class Ground:
             fitted=known,
             learn=training_groups(log, groups, split_ms=protocol.split_ms - 1),
             tune=groups.select(slice(0)),
+            calibrate=groups.select(slice(0)),
             live=labels,
             frozen=None,
             split_ms=protocol.split_ms,

@@ -30,7 +30,7 @@ from features.redis import CatalogueStore, Pointers
 from scoring.arms import CANARY, CONTROL, SHADOW, arm_of
 from scoring.signature import RETRIEVAL_MODEL
 from scoring.triton import TritonServer
-from streams.control import read_pointers, write_pointers
+from streams.control import claim_token, read_pointers, write_pointers
 from streams.feature_log import read_feature_log
 from streams.kafka import KafkaConfig, ensure_topics
 from streams.producer import EventProducer
@@ -129,7 +129,7 @@ def next_version(
 
     del version
     with TritonServer(triton_stack.addresses.triton_grpc) as server:
-        published = publish(package, model_repository, [server])
+        published = publish(package, model_repository, [server], token=1)
         yield published.version
         # Two versions stay loaded: the first one is to stay when others publish more of them.
         shutil.rmtree(published.folder)
@@ -154,7 +154,8 @@ def place(
         write_clicks(served_store, user, [ITEM_IDS[(user + n) % 30] for n in range(5)])
     memory = memory_of(model_repository, version)
     assert memory is not None
-    pointers = Pointers(version, served_store.generation, memory.memory_version)
+    token = claim_token(kafka, TOPICS, "test")
+    pointers = Pointers(version, served_store.generation, memory.memory_version, token)
     write_pointers(kafka, TOPICS, pointers)
     CatalogueStore(served_store.client).put_pointers(pointers)
     until(
@@ -194,7 +195,8 @@ def place(
         **{f"MOVELINE_CANARY__{name.upper()}": str(value) for name, value in rules.items()},
     }
     yield Place(settings, kafka, served_store, recommender, version, next_version, environment)
-    write_pointers(kafka, TOPICS, Pointers(version, served_store.generation))
+    token = claim_token(kafka, TOPICS, "test")
+    write_pointers(kafka, TOPICS, Pointers(version, served_store.generation, None, token))
 
 
 def test_better_is_promoted_by_nobody(place: Place) -> None:
@@ -266,13 +268,15 @@ def test_no_answer_mixes_versions_while_pointers_flip(place: Place) -> None:
     generation = place.store.generation
     mine, other = "a" * 16, "b" * 16
     canary = start(place.settings, place.new, CanaryRequest())
+    token = place.pointers().token
     tried = Pointers(
         place.old,
         generation,
         mine,
+        token,
         canary=type(canary)(place.new, other, "canary", 0.5, canary.since_ms),
     )
-    flipped = Pointers(place.new, generation, other)
+    flipped = Pointers(place.new, generation, other, token)
     catalogue = CatalogueStore(place.store.client)
     marker, seen = uuid.uuid4().hex, 0
     end_s = time.monotonic() + 6

@@ -93,7 +93,7 @@ def test_candidates_of_an_unknown_user_are_ranked_by_what_trends(live: Live) -> 
 
 def test_a_domain_has_its_own_items(live: Live, store: StateStore) -> None:
     write_clicks(store, 5, [1])
-    model = FakeModel()
+    model = FakeModel(item_ids=[101, 103])  # the model keeps to the domain
     known, unknown = answer(
         [Ask(5, 10, in_domain=HOME), Ask(6, 2, in_domain=HOME)], live, model, NOW_MS
     )

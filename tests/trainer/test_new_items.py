@@ -13,7 +13,7 @@ from trainer.errors import VocabularyError
 from trainer.models.lifelong import memory_version
 from trainer.new_items import extended, new_item_vectors
 from trainer.semantic_ids import extend_semantic_ids, learn_semantic_ids
-from trainer.train import Trained
+from trainer.train import Trained, fit_time_ms
 from trainer.training_state import WarmState
 from trainer.vocabulary import Vocabulary
 
@@ -121,7 +121,8 @@ def test_priors_start_from_the_counts_of_the_window_and_keep_what_was_learned(
 
 def test_without_anything_new_the_model_stays_what_it_is(trained: Trained, log: EventLog) -> None:
     state = WarmState.of(trained)
-    same = extended(state, log, until_ms=trained.split_ms)
+    until_ms = fit_time_ms(log, trained.groups, trained.config)
+    same = extended(state, log, until_ms=until_ms)
     assert same.vocabulary.item_ids_V.tolist() == state.vocabulary.item_ids_V.tolist()
     for (name, before), after in zip(
         trained.model.state_dict().items(), same.model.state_dict().values(), strict=True
