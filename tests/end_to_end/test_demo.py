@@ -76,7 +76,7 @@ def nothing_runs(folder: Path) -> bool:
 
 @pytest.mark.timeout(600)
 def test_clicks_become_recommendations(folder: Path) -> None:
-    process = demo(folder, "--lines", "40000", "--budget", "60")
+    process = demo(folder, "--lines", "20000", "--budget", "30")
     answer, _ = process.communicate(timeout=580)
     log = (folder / "demo.log").read_text(encoding="utf-8")
     assert process.returncode == 0, log[-3000:]
@@ -84,7 +84,7 @@ def test_clicks_become_recommendations(folder: Path) -> None:
     assert line["name"] == "demo"
     figures = line["figures"]
     assert set(figures) >= FIGURES
-    assert figures["events"] >= 40_000
+    assert figures["events"] >= 20_000
     assert figures["changed_by_click"] is True
     assert figures["identical_without_event"] is True
     assert figures["hr10_model"] > figures["hr10_popularity"] > 0
