@@ -173,7 +173,7 @@ def test_clearing_up_leaves_what_can_be_gone_back_to(bench: Installation) -> Non
     # What is left reads what is folded, and nothing else is.
     read = after.memories_read()
     assert {one.memory_version for one in after.folding} == read
-    # The test before this one changed the control topic alone, and no near-line app is here to copy it.
+    # The test before this one wrote the control topic alone; no near-line app is here to copy it.
     assert set(get_live_memories(connect(settings.redis.url))) <= set(after.folding)
     assert versions_on_disk(after.lifelong) == sorted(after.folders_folding())
     assert says(bench)[0] == before.live
