@@ -54,7 +54,9 @@ NUM_CLICKS: Final = 5
 # Held back too, and sent while the trainer's loop turns.
 NUM_LOOP_EVENTS: Final = 2_000
 # Of the first training's seconds, what the turn of the loop gets.
-LOOP_BUDGET_SHARE: Final = 0.2
+LOOP_BUDGET_SHARE: Final = 0.4
+# A week, which is as far back as the live counts look.
+HALF_LIFE_H: Final = 7 * 24
 # Of the households that are shown: with fewer events there is little to recommend from.
 NUM_EVENTS_MIN: Final = 200
 K: Final = 10
@@ -371,6 +373,8 @@ def own_folder(settings: Settings) -> Settings:
             "run_dir": run_dir,
             "lake": settings.lake.model_copy(update={"path": lake_path}),
             "models": run_dir / "models",
+            # What households buy is in season for weeks.
+            "sources": settings.sources.model_copy(update={"half_life_h": HALF_LIFE_H}),
         }
     )
 
@@ -408,10 +412,16 @@ def refuse_broken_promises(figures: Mapping[str, object]) -> None:
     assert isinstance(popular, float)
     if model <= popular:
         broken.append(f"the model (HR@10 {model}) did not beat popularity ({popular})")
-    if figures["loop_verdict"] != "published":
+    if figures["loop_verdict"] not in {"published", "refused"}:
         broken.append(f"the turn of the loop was {figures['loop_verdict']}")
-    elif figures["loop_version_before"] == figures["loop_version_after"]:
-        broken.append("no answer came from the version that the loop published")
+    # A gate may refuse the new version, and says why above: then what was live has to stay.
+    if (figures["loop_verdict"] == "published") == (
+        figures["loop_version_before"] == figures["loop_version_after"]
+    ):
+        broken.append(
+            f"the turn of the loop was {figures['loop_verdict']}, and answers came from version "
+            f"{figures['loop_version_before']} before and {figures['loop_version_after']} after"
+        )
     if figures["loop_failed_requests"]:
         broken.append(f"{figures['loop_failed_requests']} requests failed while the loop turned")
     if broken:

@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from features.events import Event
 
 # Beside a training on the same cores: enough to see a failed or a mixed answer.
-REQUESTS_PER_S: Final = 10.0
+REQUESTS_PER_S: Final = 4.0
 EVENTS_PER_S: Final = 20.0
 DEADLINE_S: Final = 10.0
 # A graph is timed beside all servers and the traffic here; alone it takes a fraction.
 LATENCY_MS: Final = 2_000.0
+# Two packages are judged by their graphs while users wait for answers: a sample has to do.
+HELD_OUT_SHARE: Final = 0.02
 _JOIN_TIMEOUT_S: Final = 30.0
 
 
@@ -121,7 +123,12 @@ def turn_the_loop(
         ComposeError: another trainer is at work.
     """
     training = settings.training.model_copy(
-        update={"budget_s": budget_s, "threads": 2, "latency_ms": LATENCY_MS}
+        update={
+            "budget_s": budget_s,
+            "threads": 2,
+            "latency_ms": LATENCY_MS,
+            "held_out_share": HELD_OUT_SHARE,
+        }
     )
     started = time.monotonic()
     with Traffic(settings, users, events) as traffic:
