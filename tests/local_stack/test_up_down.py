@@ -27,6 +27,7 @@ from compose.errors import (
 )
 from compose.local.foreground import running_stack
 from compose.local.stack import LocalStack, StackOptions
+from compose.local.state import read_state
 from compose.local.triton import SHARED_MEMORY
 from tests.local_stack.marked import wait_until
 from tests.servers import local_stack
@@ -73,7 +74,6 @@ def test_every_server_answers(tmp_path: Path) -> None:
     (model / "1").mkdir(parents=True)
     (model / "config.pbtxt").write_text(_CONFIG)
     (model / "1" / "model.py").write_text(_MODEL)
-    of_other_stacks = set(SHARED_MEMORY.glob("moveline_*"))
     with local_stack(
         run_dir=tmp_path, model_repository=tmp_path / "models", triton_environment=environment
     ) as stack:
@@ -81,7 +81,10 @@ def test_every_server_answers(tmp_path: Path) -> None:
             assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
         assert _produced(stack.addresses.kafka, "real") == 0
         assert _post(stack.addresses.triton_http, "/v2/repository/models/probe/load") == 200
-        regions = set(SHARED_MEMORY.glob("moveline_*")) - of_other_stacks
+        # By its own prefix: other test processes start and stop Tritons meanwhile.
+        state = read_state(tmp_path)
+        assert state is not None
+        regions = set(SHARED_MEMORY.glob(f"{state.shm_prefix}*"))
         assert regions
         triton = next(process for process in stack.running() if process.name == "triton")
         # Killed like this it removes nothing itself; its model processes lose their parent.

@@ -6,7 +6,8 @@ import pytest
 
 from features.keys import log_partition, split_log_partition
 from features.state import EMPTY_STATE, PartitionMovedError, Position, step
-from scoring.recommend import Ask, _reached
+from scoring.asks import Ask
+from scoring.reading import _reached
 from streams.compare import MemoryStates
 from streams.micro_batch import Record
 from streams.placement import drop_misplaced
