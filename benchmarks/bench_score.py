@@ -132,7 +132,7 @@ def export_model(folder: Path) -> Path:
         feature_schema_hash="0" * 16,
         metrics={},
     )
-    export(trained, package, provenance)
+    export(trained, package, provenance, machine_code="auto")
     return package
 
 

@@ -105,7 +105,7 @@ def train_packages(folder: Path, *, num_models: int = 2) -> list[Path]:
             feature_schema_hash=schema_hash(RULES),
             metrics={},
         )
-        export(train(log, config), package, provenance)
+        export(train(log, config), package, provenance, machine_code="auto")
         packages.append(package)
     return packages
 

@@ -147,6 +147,7 @@ class TrainingSettings(_Section):
 
     device: Literal["cpu", "cuda", "auto"] = "cpu"
     precision: Literal["fp32", "bf16"] = "fp32"
+    machine_code: Literal["auto", "never"] = "auto"
     checkpoints: Path = Path("checkpoints")
     checkpoint_every_steps: int = Field(default=500, ge=1)
     tensorboard: Path | None = None

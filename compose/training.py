@@ -104,6 +104,7 @@ def train_package(settings: Settings, request: TrainRequest) -> TrainResult | No
             feature_schema_hash=schema_hash(config),
             metrics=metrics,
         ),
+        machine_code=settings.training.machine_code,
     )
     remove_traces(settings)
     return TrainResult(package, metrics, time.monotonic() - started)

@@ -38,6 +38,9 @@ _GENERATIONS = itertools.count(1)
 _TRITON_FOLDER = pytest.StashKey[Path]()
 _LOG_LINES = 40
 
+# Compiling a graph takes a minute; tests/trainer/test_machine_code.py does it, once.
+os.environ.setdefault("MOVELINE_TRAINING__MACHINE_CODE", "never")
+
 settings.register_profile("laptop", deadline=None, max_examples=50)
 settings.register_profile("ci", deadline=None, max_examples=30, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI", "").lower() in {"1", "true"} else "laptop")

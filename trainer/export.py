@@ -22,6 +22,7 @@ from trainer.calibration import described
 from trainer.errors import ExportError
 from trainer.golden import record_golden
 from trainer.item_vectors import usual_domains
+from trainer.machine_code import MachineCode, write_machine_code
 from trainer.manifest import (
     COMPRESSOR_FILE,
     ITEM_IDS_FILE,
@@ -100,11 +101,18 @@ class Provenance:
     metrics: Mapping[str, float]
 
 
-def export(trained: Trained, staging: Path, provenance: Provenance) -> dict[str, Any]:
+def export(
+    trained: Trained,
+    staging: Path,
+    provenance: Provenance,
+    *,
+    machine_code: MachineCode = "never",
+) -> dict[str, Any]:
     """Write package, item ids and manifest into a directory and return the manifest.
 
     Raises:
-        ExportError: The directory holds files already, or the package would contain a pickle.
+        ExportError: The directory holds files already, the package would contain a pickle, or the
+            compiler failed.
     """
     staging.mkdir(parents=True, exist_ok=True)
     if any(staging.iterdir()):
@@ -113,12 +121,20 @@ def export(trained: Trained, staging: Path, provenance: Provenance) -> dict[str,
     serving = serving_of(trained)
     if trained.config.model.mid_attention == "measured":
         serving.choose_mid_attention(faster_mid_attention(serving))
-    save_package(exported(serving), staging / MODEL_FILE)
+    program = exported(serving)
+    code = None
+    if machine_code == "auto":
+        inputs = example_inputs(serving, batch=EXAMPLE_BATCH)
+        code = write_machine_code(program, inputs, staging)
+    save_package(program, staging / MODEL_FILE)
     ids = trained.vocabulary.item_ids_V.astype("<i8").tobytes()
     (staging / ITEM_IDS_FILE).write_bytes(ids)
     manifest = _manifest(trained, serving, provenance)
     golden = _record_golden(staging, manifest, serving, trained.model.compressor)
     files = [MODEL_FILE, ITEM_IDS_FILE, golden]
+    if code is not None:
+        files.append(code["file"])
+        manifest["machine_code"] = code
     if trained.model.compressor is not None:
         save_package(exported_compressor(trained.model.compressor), staging / COMPRESSOR_FILE)
         files.append(COMPRESSOR_FILE)
@@ -313,8 +329,9 @@ def _manifest(trained: Trained, serving: GemsServing, provenance: Provenance) ->
         "outputs": [_described(spec) for spec in output_signature()],
         "max_mid": MAX_MID,
         "mid_attention": serving.mid_attention,
-        # None until a compressor is exported beside the model.
+        # None until a compressor and machine code are beside the model.
         "memory_version": None,
+        "machine_code": None,
         "compressor_inputs": [_described(spec) for spec in compressor_input_signature()],
         "compressor_outputs": [_described(spec) for spec in compressor_output_signature()],
         "torch_version": torch.__version__,

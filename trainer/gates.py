@@ -159,7 +159,7 @@ def features_gate(judged: Judged) -> Passage:
 
 def finite_gate(judged: Judged) -> Passage:
     """Count what is infinite or not a number among weights, losses and scores."""
-    graph = judged.package.graph
+    graph = judged.package.portable
     num_weights = sum(int((~torch.isfinite(one)).sum()) for one in graph.parameters())
     # Tables may hold an infinity on purpose, as what masks a score.
     num_weights += sum(int(torch.isnan(one).sum()) for one in graph.buffers())
@@ -289,7 +289,7 @@ def _inputs(judged: Judged, batch: int) -> dict[str, Tensor]:
     }
 
 
-def _median_ms(graph: torch.nn.Module, inputs: list[Tensor]) -> float:
+def _median_ms(graph: Callable[..., object], inputs: list[Tensor]) -> float:
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     taken = []

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 MANIFEST_FILE: Final = "manifest.json"
 MODEL_FILE: Final = "model.pt2"
+# The same graph compiled, for processors like the one that exported it; there need not be one.
+# Not "model.so": Triton's Python would import that in place of model.py.
+MACHINE_CODE_FILE: Final = "machine_code.so"
 # Folds old events into the memory that the model reads.
 COMPRESSOR_FILE: Final = "compressor.pt2"
 # The vocabulary: little-endian int64, ascending; `available` is indexed by place in it.

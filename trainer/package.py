@@ -3,6 +3,7 @@
 Legend: G groups, N events of both streams, K ranked items.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,24 @@ from trainer.batches import PADDING, BatchSource
 from trainer.counted import LiveSources
 from trainer.dataset import EventLog, Int64s, LabelGroups
 from trainer.evaluate import Ranker
-from trainer.export import COMPRESSOR_FILE, ITEM_IDS_FILE, MODEL_FILE, verify
+from trainer.export import COMPRESSOR_FILE, ITEM_IDS_FILE, verify
+from trainer.triton_model.graph import machine_code, portable
 from trainer.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """A verified package with its graphs loaded; one without lifelong stream has no compressor."""
+    """A verified package with its graphs loaded; one without lifelong stream has no compressor.
+
+    Attributes:
+        graph: As it answers here: machine code where that fits.
+        portable: Interpreted, with the weights to look at.
+    """
 
     manifest: dict[str, Any]
     item_ids_V: Int64s
-    graph: torch.nn.Module
+    graph: Callable[..., Sequence[Tensor]]
+    portable: torch.nn.Module
     compressor: torch.nn.Module | None
 
     @classmethod
@@ -37,11 +45,12 @@ class Package:
         """
         manifest = verify(directory)
         item_ids = np.fromfile(directory / ITEM_IDS_FILE, "<i8")
-        graph = torch.export.load(directory / MODEL_FILE).module()
+        interpreted = portable(directory)
+        graph = machine_code(directory, manifest) or interpreted
         compressor = None
         if manifest["memory_version"] is not None:
             compressor = torch.export.load(directory / COMPRESSOR_FILE).module()
-        return cls(manifest, item_ids, graph, compressor)
+        return cls(manifest, item_ids, graph, interpreted, compressor)
 
     def source(self, log: EventLog) -> BatchSource:
         """Cut batches out of a log with the package's vocabulary and stream lengths."""

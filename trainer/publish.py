@@ -50,7 +50,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("moveline.publish")
 
-_PROGRAMS: Final = {RETRIEVAL_MODEL: "gems_model.py", LIFELONG_MODEL: "lifelong_model.py"}
+# What Triton runs: the name in the version's folder, and ours.
+_PROGRAMS: Final = {
+    RETRIEVAL_MODEL: {"model.py": "gems_model.py", "graph.py": "graph.py"},
+    LIFELONG_MODEL: {"model.py": "lifelong_model.py"},
+}
 
 
 class Step(IntEnum):
@@ -166,6 +170,8 @@ def _publish_gems(
     work: _Publication, lifelong_version: int | None, gems: Path
 ) -> tuple[Path, float]:
     names = [MODEL_FILE, ITEM_IDS_FILE, GOLDEN_FILE]
+    if work.manifest.get("machine_code"):
+        names.append(work.manifest["machine_code"]["file"])
     if lifelong_version is not None:
         names.append(COMPRESSOR_FILE)
     # What a published version reads is known now: the manifest says so from here on.
@@ -184,15 +190,18 @@ def _add(
     on_step: OnStep,
 ) -> Path:
     """Return the new version's folder, complete and on disk from its first moment."""
-    program = files("trainer.triton_model").joinpath(_PROGRAMS[model_folder.name]).read_bytes()
+    programs = {
+        name: files("trainer.triton_model").joinpath(ours).read_bytes()
+        for name, ours in _PROGRAMS[model_folder.name].items()
+    }
     draft = stage(
         model_folder,
-        {**{name: work.package / name for name in names}, "model.py": program},
+        {**{name: work.package / name for name in names}, **programs},
         token=work.token,
     )
     try:
         # Of the copies, so that Triton refuses what changes from here on.
-        hashes = {name: sha256_of(draft / name) for name in [*names, "model.py"]}
+        hashes = {name: sha256_of(draft / name) for name in [*names, *programs]}
         _refuse_bad_copy(work.manifest["files"], hashes)
         facts = {**facts, "publish_token": work.token, "published_files": hashes}
         (draft / MANIFEST_FILE).write_bytes(manifest_bytes({**work.manifest, **facts}))

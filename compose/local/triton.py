@@ -126,6 +126,9 @@ class Triton:
             argv=(
                 str(server / "bin" / "tritonserver"),
                 *(f"--{key}={value}" for key, value in options.items()),
+                # Each load would start a process more, with torch in it, to be told what
+                # config.pbtxt says already.
+                "--disable-auto-complete-config",
             ),
             environment=self._environment(models_bin),
             ports=(grpc, http, metrics),

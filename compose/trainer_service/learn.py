@@ -135,6 +135,7 @@ def draft(settings: Settings, learned: Learned, window: LakeWindow, folder: Path
             feature_schema_hash=schema_hash(stores_of(settings)[0].config),
             metrics={},
         ),
+        machine_code=settings.training.machine_code,
     )
     return Draft(folder, created_ms)
 

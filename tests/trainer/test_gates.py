@@ -138,7 +138,7 @@ def test_a_loss_that_is_not_a_number_is_refused(good: Judged) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_weight_that_is_not_a_number_is_refused(good: Judged, value: float) -> None:
-    weight = next(iter(good.package.graph.parameters()))
+    weight = next(iter(good.package.portable.parameters()))
     before = weight.detach().clone()
     with torch.no_grad():
         weight.view(-1)[0] = value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,16 @@ import triton_python_backend_utils as pb_utils
 from torch.utils.dlpack import from_dlpack
 
 _OUTPUTS = ("item_id", "score", "contribution")
+
+
+def _beside(name: str) -> Any:  # noqa: ANN401 - a module
+    """Return a module of this version's folder, where Python looks for none by itself."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _refuse_changed(folder: Path, manifest: dict[str, Any]) -> None:
@@ -44,7 +55,7 @@ class TritonPythonModel:
         self.names = [spec["name"] for spec in manifest["inputs"]]
         raw = bytearray((folder / "item_ids.i64").read_bytes())
         self.item_ids = torch.frombuffer(raw, dtype=torch.int64)
-        self.model = torch.export.load(folder / "model.pt2").module()
+        self.model = _beside("graph").load_graph(folder, manifest)
         warm_up = [
             torch.full(
                 (2, *spec["shape"]) if spec["batched"] else tuple(spec["shape"]),
