@@ -28,8 +28,13 @@ log = logging.getLogger("moveline.export")
 # "auto" makes it where there is a compiler.
 MachineCode = Literal["auto", "never"]
 COMPILER: Final = "g++"
-# One thread, as every graph is served; the compiler writes the number into the code.
-_OPTIONS: Final[dict[str, Any]] = {"cpp.threads": 1}
+_OPTIONS: Final[dict[str, Any]] = {
+    # As every graph is served; the compiler writes the number into the code.
+    "cpp.threads": 1,
+    # Compiling torch's headers first pays from the second graph on, and there is none.
+    "cpp_cache_precompile_headers": False,
+    "aot_inductor.precompile_headers": False,
+}
 
 
 def write_machine_code(
