@@ -17,11 +17,11 @@ measured: a network, Triton on another machine, large models, memories of users 
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import queue
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -40,6 +40,7 @@ from streams.progress import progress_bar
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from multiprocessing.connection import Connection
 
 VERSIONS: Final = int(os.environ.get("VERSIONS", "10"))
 QUIET_S: Final = float(os.environ.get("QUIET_S", "20"))
@@ -50,6 +51,8 @@ _SATURATE_S: Final = 5.0
 # Requests that are due and not answered yet; past this the load generator itself would wait.
 _IN_FLIGHT_MAX: Final = 256
 _NICE: Final = 10
+# A version that was put away is still there for a moment; its memory is not the next one's.
+_SETTLE_S: Final = 4.0
 # Goals of the design.
 SWAP_P99_MAX: Final = 4.0
 READY_S_MAX: Final = 10.0
@@ -57,48 +60,52 @@ READY_S_MAX: Final = 10.0
 
 @dataclass
 class Load:
-    """Requests at a steady rate.
+    """Requests at a steady rate, from a process of its own: publishing must not hold it up.
 
     Attributes:
-        answers: each timed from the moment that it was due.
+        answers: each timed from the moment that it was due; there once the load has ended.
     """
 
-    asker: Asker
+    address: str
     rate: float
-    answers: queue.SimpleQueue[Answer] = field(default_factory=queue.SimpleQueue)
+    answers: list[Answer] = field(default_factory=list)
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Send requests beside the block."""
-        stop = threading.Event()
-        with Recommender(self.asker.address) as recommender:
-            thread = threading.Thread(target=self._run, args=(recommender, stop), name="load")
-            thread.start()
-            try:
-                yield
-            finally:
-                stop.set()
-                thread.join()
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=send_load, args=(self.address, self.rate, theirs))
+        process.start()
+        try:
+            ours.recv()
+            yield
+        finally:
+            ours.send("stop")
+            self.answers += sorted(ours.recv(), key=lambda one: one.at_s)
+            process.join()
 
-    def _run(self, recommender: Recommender, stop: threading.Event) -> None:
-        began_s, number = time.monotonic(), 0
-        with ThreadPoolExecutor(_IN_FLIGHT_MAX, thread_name_prefix="load") as pool:
-            while not stop.is_set():
-                due_s = began_s + number / self.rate
-                time.sleep(max(0.0, due_s - time.monotonic()))
-                pool.submit(self._one, recommender, number, due_s)
-                number += 1
 
-    def _one(self, recommender: Recommender, number: int, due_s: float) -> None:
-        answer = self.asker.ask(recommender, number)
+def send_load(address: str, rate: float, pipe: Connection) -> None:
+    """Send a request whenever one is due until told to stop; hand over the answers then."""
+    asker, answers = Asker(address), queue.SimpleQueue[Answer]()
+
+    def one(recommender: Recommender, number: int, due_s: float) -> None:
+        answer = asker.ask(recommender, number)
         answer.taken_s += answer.at_s - due_s
         answer.at_s = due_s
-        self.answers.put(answer)
+        answers.put(answer)
 
-    def taken(self) -> list[Answer]:
-        """Return the answers so far, by when they were due."""
-        found = [self.answers.get() for _ in range(self.answers.qsize())]
-        return sorted(found, key=lambda one: one.at_s)
+    with Recommender(address) as recommender:
+        pipe.send("started")
+        began_s, number = time.monotonic(), 0
+        with ThreadPoolExecutor(_IN_FLIGHT_MAX, thread_name_prefix="load") as pool:
+            while not pipe.poll():
+                due_s = began_s + number / rate
+                time.sleep(max(0.0, due_s - time.monotonic()))
+                pool.submit(one, recommender, number, due_s)
+                number += 1
+    pipe.send([answers.get() for _ in range(answers.qsize())])
 
 
 def saturation(asker: Asker) -> float:
@@ -122,11 +129,13 @@ class Swaps:
 
     Attributes:
         windows: start and end of each, seconds on the clock of the answers.
+        resident_mb: of Triton and its models, before the first publication and after each.
     """
 
     windows: list[tuple[float, float]] = field(default_factory=list)
     ready_s: list[float] = field(default_factory=list)
     rollback_s: list[float] = field(default_factory=list)
+    resident_mb: list[float] = field(default_factory=list)
 
 
 def publish_quietly(bench: Installation, package: Path) -> float:
@@ -151,13 +160,15 @@ def publish_quietly(bench: Installation, package: Path) -> float:
 
 def swap(bench: Installation) -> Swaps:
     """Publish all versions and roll two back, one after the other."""
-    swaps = Swaps()
+    swaps = Swaps(resident_mb=[resident_mb(bench)])
     with progress_bar("swaps", total=VERSIONS + NUM_ROLLBACKS, shown=True) as advance:
         for number in range(VERSIONS):
             began_s = time.monotonic()
             swaps.ready_s.append(publish_quietly(bench, bench.packages[number % 2]))
             swaps.windows.append((began_s, time.monotonic()))
             bench.note(bench.versions().live or 0)
+            time.sleep(_SETTLE_S)
+            swaps.resident_mb.append(resident_mb(bench))
             advance(1)
         for _ in range(NUM_ROLLBACKS):
             began_s = time.monotonic()
@@ -180,7 +191,7 @@ def resident_mb(bench: Installation) -> float:
     while more := {pid for pid, parent in parents.items() if parent in family} - family:
         family |= more
     pages = [Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1] for pid in family]
-    return sum(map(int, pages)) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    return round(sum(map(int, pages)) * os.sysconf("SC_PAGE_SIZE") / 1e6, 1)
 
 
 def p99_ms(answers: list[Answer]) -> float:
@@ -196,13 +207,13 @@ def measure(bench: Installation) -> dict[str, object]:
     saturated = saturation(asker)
     rate = float(os.environ.get("RATE") or max(RATE_MIN, saturated / 2))
     CONSOLE.print(f"saturated at {saturated:.0f} requests/s, load is {rate:.0f}/s")
-    load, before_mb = Load(asker, rate), resident_mb(bench)
+    load = Load(bench.settings.triton.address, rate)
     with load.running():
         began_s = time.monotonic()
         time.sleep(QUIET_S)
         quiet_until_s = time.monotonic()
         swaps = swap(bench)
-    answers = load.taken()
+    answers = load.answers
     allowed = set(bench.models)
     quiet = [one for one in answers if began_s <= one.at_s < quiet_until_s]
     during = [one for one in answers if any(a <= one.at_s <= b for a, b in swaps.windows)]
@@ -221,7 +232,10 @@ def measure(bench: Installation) -> dict[str, object]:
         "swap_p99_ms": p99_ms(during),
         "publish_to_ready_s": round(max(swaps.ready_s), 2),
         "rollback_s": round(max(swaps.rollback_s), 2),
-        "rss_growth_mb": round(resident_mb(bench) - before_mb, 1),
+        # Of the ten; what is rolled back to is loaded beside what was live.
+        "rss_growth_mb": round(swaps.resident_mb[-1] - swaps.resident_mb[0], 1),
+        "resident_mb": swaps.resident_mb,
+        "resident_after_rollbacks_mb": resident_mb(bench),
         "publish_to_ready_median_s": round(float(np.median(swaps.ready_s)), 2),
         "saturated_per_s": round(saturated, 1),
         "rate_per_s": round(rate, 1),
