@@ -7,7 +7,9 @@ training is short: quality is not measured). Then `recommend` is asked for one
 user at a time, the lifetimes taking turns, so that noise meets all of them alike; and by eight
 callers at once for requests/s. Bytes are what Redis says of the keys of the oldest user.
 Beside it: mid-term attention with the indexer against full attention over 5,000 events
-(benchmarks/indexer.py). Not measured: a network, Triton on another machine, batches of many users.
+(benchmarks/indexer.py), and the machine code of the exported graph against the graph interpreted,
+one user and one thread, without Triton. Not measured: a network, Triton on another machine,
+batches of many users.
 
   ROUNDS=n    requests of each lifetime (300)
   LIFETIMES=a,b,...   events of the users (1000,10000,100000,1000000)
@@ -52,7 +54,9 @@ from streams.lifelong import Compactor
 from streams.progress import progress_bar
 from trainer.dataset import EventLog
 from trainer.export import Provenance, export
+from trainer.golden import golden_inputs
 from trainer.loop import LoopConfig
+from trainer.package import Package
 from trainer.publish import publish
 from trainer.train import TrainConfig, train
 
@@ -73,6 +77,7 @@ LOAD_S: Final = 5.0
 # Events written and then compacted together; as many chunks wait at most.
 PART: Final = 2_048
 _WARM_UP: Final = 20
+_GRAPH_CALLS: Final = 50
 _START_MS: Final = 1_600_000_000_000
 _GAP_MS: Final = 30_000
 _DEADLINE_S: Final = 10.0
@@ -220,13 +225,36 @@ def wait_for_memories(recommender: Recommender) -> None:
     raise TimeoutError("answers come without lifelong memory")
 
 
+def graph_ms(folder: Path) -> dict[str, float]:
+    """Return the median ms of one user's answer by the graph, compiled and interpreted."""
+    package = Package.load(folder)
+    inputs = {
+        name: torch.from_numpy(array)
+        for name, array in golden_inputs(package.manifest, package.item_ids_V).items()
+    }
+    batched = {spec["name"] for spec in package.manifest["inputs"] if spec["batched"]}
+    one = [array[:1] if name in batched else array for name, array in inputs.items()]
+    taken: dict[str, list[float]] = {"compiled": [], "interpreted": []}
+    with torch.inference_mode():
+        # By turns, so that noise meets both alike.
+        for _ in range(_WARM_UP + _GRAPH_CALLS):
+            for kind, graph in (("compiled", package.graph), ("interpreted", package.portable)):
+                started = time.perf_counter()
+                graph(*one)
+                taken[kind].append(1000 * (time.perf_counter() - started))
+    return {kind: round(statistics.median(ms[_WARM_UP:]), 3) for kind, ms in taken.items()}
+
+
 def measure(addresses: Any, repository: Path, folder: Path) -> Mapping[str, Any]:  # noqa: ANN401
     """Return the figures of the served model."""
     client = connect(addresses.redis)
     store = StateStore(client, 1, RULES)
     store.claim_generation()
+    package = export_model(folder)
+    graph = graph_ms(package)
+    CONSOLE.print(f"the graph, one user, ms: {graph}")
     with TritonServer(addresses.triton_grpc) as server:
-        version = publish(export_model(folder), repository, [server]).version
+        version = publish(package, repository, [server]).version
         live = memory_of(repository, version)
         assert live is not None
         compactor = Compactor(
@@ -248,6 +276,8 @@ def measure(addresses: Any, repository: Path, folder: Path) -> Mapping[str, Any]
         **{f"p99_ms_{short(lifetime)}": round(value, 3) for lifetime, value in p99.items()},
         "ratio_1m_10k": round(p50[LIFETIMES[-1]] / p50[LIFETIMES[min(1, len(LIFETIMES) - 1)]], 3),
         "requests_per_s": round(rate, 1),
+        "graph_compiled_ms": graph["compiled"],
+        "graph_interpreted_ms": graph["interpreted"],
         "bytes_per_user_1m": user_bytes(store, len(LIFETIMES) - 1),
     }
 
