@@ -77,12 +77,14 @@ RIVALS: dict[str, Rival] = {
         base="by_facts",
         note="as served: the model and the live sources",
         sources=("gems_no_sources", *SOURCES),
+        definition=2,
     ),
     "gems_constant_weights": Rival(
         kind="served",
         base="constant",
         note="as served, the weights of model and sources constant",
         sources=("gems_no_sources", *SOURCES),
+        definition=2,
     ),
     "gems_no_sources": Rival(kind="gems", base="gems", note="the model alone: no live sources"),
     "gems_plain": Rival(

@@ -11,7 +11,7 @@ from torch import Tensor
 from features.sources import NUM_COUNTED, SOURCES
 from trainer.baselines import lists_of
 from trainer.batches import PADDING
-from trainer.calibration import MIN_EVENTS, fitted_gate
+from trainer.calibration import MIN_EVENTS, best_odds, fitted_gate, ndcg10
 from trainer.counted import LiveSources
 from trainer.export import MODEL_FILE, Provenance, example_inputs, export, serving_of, verify
 from trainer.item_vectors import usual_domains
@@ -26,6 +26,7 @@ from trainer.models.sources import (
     mixed,
 )
 from trainer.package import raw_sources, raw_streams
+from trainer.served import Told
 from trainer.train import Trained, served
 from trainer.vocabulary import Vocabulary
 
@@ -255,6 +256,31 @@ def test_few_events_leave_the_weights_constant() -> None:
     assert (fitted_gate(known, speaks, share, by_facts=False).weight_WF == 0).all()
     none = fitted_gate(known[:0], speaks[:0], share[:0]).bias_W.softmax(dim=0)
     assert none.tolist() == pytest.approx(list(UNTUNED_WEIGHTS), abs=1e-3)
+
+
+@pytest.mark.parametrize(("is_popular", "kept"), [(False, False), (True, True)])
+def test_sources_that_rank_worse_lose_their_odds(*, is_popular: bool, kept: bool) -> None:
+    """The model's first item or popularity's is what came; likelihood weighed both alike."""
+    num_labels = 50
+    model_item = torch.arange(10).repeat(num_labels, 1)
+    counted_item = torch.full((num_labels, 2, 10), PADDING)
+    counted_item[:, 0] = 100 + torch.arange(10)
+    counted_share = torch.zeros(num_labels, 2, 10)
+    counted_share[:, 0] = 0.1
+    told = Told(
+        model_item,
+        torch.linspace(0.07, 0.01, 10).repeat(num_labels, 1),
+        counted_item,
+        counted_share,
+        torch.zeros(num_labels, len(FACTS)),
+    )
+    gate = SourceGate.constant([0.5, 0.4, 0.1])
+    came = torch.full((num_labels,), 100 if is_popular else 0)
+    best = best_odds(gate, told, torch.arange(num_labels), came)
+    assert torch.equal(best.bias_W, gate.bias_W) == kept
+    assert (best.bias_W[0] == gate.bias_W[0]).item()
+    assert torch.isfinite(best.bias_W).all(), "a new item can still be named"
+    assert ndcg10(told, best, torch.arange(num_labels), came) == pytest.approx(1.0)
 
 
 def test_training_weighs_the_sources(trained: Trained) -> None:
