@@ -120,7 +120,7 @@ def main() -> int:
     if unknown:
         sys.exit(f"CASES names {', '.join(unknown)}; there are {', '.join(CASES)}")
     verdicts = {}
-    with installation() as bench:
+    with installation(machine_code="auto") as bench:
         for package in bench.packages:
             bench.publish(package)
         for name in chosen:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from compose.local.stack import LocalStack
     from compose.settings import Settings
+    from trainer.machine_code import MachineCode
     from trainer.publish import Step
 
 RULES: Final = StateConfig(recent=8, mid=24, chunk=6, dedup_window=16)
@@ -58,7 +59,9 @@ _DEADLINE_S: Final = 10.0
 _POLL_S: Final = 0.05
 
 
-def train_packages(folder: Path, *, num_models: int = 2) -> list[Path]:
+def train_packages(
+    folder: Path, *, num_models: int = 2, machine_code: MachineCode = "never"
+) -> list[Path]:
     """Return small packages that differ in their weights, trained for a moment each."""
     import torch  # noqa: PLC0415 - only who has no packages yet needs it
 
@@ -105,7 +108,7 @@ def train_packages(folder: Path, *, num_models: int = 2) -> list[Path]:
             feature_schema_hash=schema_hash(RULES),
             metrics={},
         )
-        export(train(log, config), package, provenance, machine_code="auto")
+        export(train(log, config), package, provenance, machine_code=machine_code)
         packages.append(package)
     return packages
 
@@ -371,7 +374,9 @@ def write_users(store: StateStore) -> None:
 
 
 @contextmanager
-def installation(packages: Sequence[Path] = ()) -> Iterator[Installation]:
+def installation(
+    packages: Sequence[Path] = (), *, machine_code: MachineCode = "never"
+) -> Iterator[Installation]:
     """Yield servers with users, trending items and packages; nothing is published yet."""
     with tempfile.TemporaryDirectory(prefix="moveline-publish-") as text:
         folder = Path(text)
@@ -381,7 +386,7 @@ def installation(packages: Sequence[Path] = ()) -> Iterator[Installation]:
             (repository / model).mkdir(parents=True)
             shutil.copy(source / model / "config.pbtxt", repository / model)
         shutil.copytree(source / RECOMMEND_MODEL / "1", repository / RECOMMEND_MODEL / "1")
-        made = list(packages) or train_packages(folder / "models")
+        made = list(packages) or train_packages(folder / "models", machine_code=machine_code)
         options = StackOptions(
             run_dir=folder,
             model_repository=repository,

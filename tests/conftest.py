@@ -22,7 +22,7 @@ from scoring.triton import TritonServer
 from streams.kafka import KafkaConfig, ensure_topics
 from streams.topics import Topics
 from tests.servers import local_stack
-from tests.small import REPOSITORY, SMALL
+from tests.small import REPOSITORY, SMALL, UNCOMPILED
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -38,8 +38,7 @@ _GENERATIONS = itertools.count(1)
 _TRITON_FOLDER = pytest.StashKey[Path]()
 _LOG_LINES = 40
 
-# Compiling a graph takes a minute; tests/trainer/test_machine_code.py does it, once.
-os.environ.setdefault("MOVELINE_TRAINING__MACHINE_CODE", "never")
+os.environ.update(UNCOMPILED)
 
 settings.register_profile("laptop", deadline=None, max_examples=50)
 settings.register_profile("ci", deadline=None, max_examples=30, derandomize=True)

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 REPOSITORY: Final = Path(__file__).parents[1]
 # Small streams: a few dozen events of a user reach chunks, departures and the duplicate window.
 SMALL: Final = StateConfig(recent=8, mid=24, chunk=6, dedup_window=16)
+# Settings of commands that export: compiling a graph takes a minute, and
+# tests/scoring/test_machine_code.py does it, once.
+UNCOMPILED: Final = {"MOVELINE_TRAINING__MACHINE_CODE": "never"}
 
 
 def put_states(

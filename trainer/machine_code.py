@@ -84,9 +84,8 @@ def write_machine_code(
 def _compiling(folder: Path) -> Iterator[None]:
     """Keep what the compiler leaves in a folder, and torch's warnings about itself from the log."""
     with fresh_cache(dir=str(folder)), warnings.catch_warnings():
-        # Only torch runs here, and much of it calls what torch itself has deprecated.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", FutureWarning)
+        # Only torch and what it compiles with run here, and warn of one another.
+        warnings.simplefilter("ignore")
         yield
 
 

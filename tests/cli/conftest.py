@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import pytest
 
-from tests.small import REPOSITORY
+from tests.small import REPOSITORY, UNCOMPILED
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,7 +34,13 @@ def moveline(tmp_path: Path) -> Moveline:
         variables = {f"MOVELINE_{name}": value for name, value in settings.items()}
         return subprocess.run(
             [sys.executable, "-m", "compose.cli", *arguments],
-            env={**clean, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", **variables},
+            env={
+                **clean,
+                **UNCOMPILED,
+                "PYTHONPATH": str(REPOSITORY),
+                "COLUMNS": "200",
+                **variables,
+            },
             cwd=tmp_path,
             input=stdin,
             capture_output=True,

@@ -14,7 +14,7 @@ import pytest
 from compose.training_log import FILE as EVENTS_FILE
 from features.lake_revisions import Place
 from tests.lake.writing import append, event
-from tests.small import REPOSITORY
+from tests.small import REPOSITORY, UNCOMPILED
 from tests.waiting import until
 from trainer.checkpoint import FILE as CHECKPOINT_FILE
 
@@ -57,6 +57,7 @@ def surroundings(stack: LocalStack, store: StateStore, tmp_path: Path) -> dict[s
     clean = {name: value for name, value in os.environ.items() if not name.startswith("MOVELINE_")}
     return {
         **clean,
+        **UNCOMPILED,
         "PYTHONPATH": str(REPOSITORY),
         "MOVELINE_REDIS__URL": stack.addresses.redis,
         "MOVELINE_GENERATION": f"g{store.generation}",

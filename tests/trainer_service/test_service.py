@@ -23,7 +23,7 @@ from features.clock import now_ms
 from features.keys import TRAINER_LEASE_KEY
 from features.lease import Lease, holder
 from features.redis import connect
-from tests.small import REPOSITORY
+from tests.small import REPOSITORY, UNCOMPILED
 from tests.trainer_service.installation import add_events
 from tests.waiting import until
 
@@ -41,6 +41,7 @@ def environment(settings: Settings) -> dict[str, str]:
     training = settings.training.model_dump(include=set(settings.training.model_fields_set))
     return {
         **clean,
+        **UNCOMPILED,
         "PYTHONPATH": str(REPOSITORY),
         "COLUMNS": "220",
         "MOVELINE_KAFKA__BOOTSTRAP": settings.kafka.bootstrap,
