@@ -27,7 +27,7 @@ PORT_OPTION = "--kafka-port"
 _YIELDING = (
     "sh",
     "-c",
-    '[ ! -w /proc/self/autogroup ] || echo 10 > /proc/self/autogroup; exec nice -n 10 "$@"',
+    '[ ! -w /proc/self/autogroup ] || echo 5 > /proc/self/autogroup; exec nice -n 5 "$@"',
     "sh",
 )
 _EMBEDDED_STOP_TIMEOUT_S = 30.0  # it writes its topics out when it ends
