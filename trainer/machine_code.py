@@ -16,7 +16,6 @@ from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
-from torch._inductor.utils import fresh_cache
 from torch.export import ExportedProgram
 
 from trainer.errors import ExportError
@@ -83,6 +82,9 @@ def write_machine_code(
 @contextmanager
 def _compiling(folder: Path) -> Iterator[None]:
     """Keep what the compiler leaves in a folder, and torch's warnings about itself from the log."""
+    # A second of start-up, which only who compiles has to pay.
+    from torch._inductor.utils import fresh_cache  # noqa: PLC0415
+
     with fresh_cache(dir=str(folder)), warnings.catch_warnings():
         # Only torch and what it compiles with run here, and warn of one another.
         warnings.simplefilter("ignore")
