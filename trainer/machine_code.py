@@ -5,11 +5,11 @@ of the interpreted graph, and a version is loaded in milliseconds instead of sec
 """
 
 import logging
+import os
 import shutil
-import warnings
+import subprocess
+import sys
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final, Literal
@@ -27,13 +27,10 @@ log = logging.getLogger("moveline.export")
 # "auto" makes it where there is a compiler.
 MachineCode = Literal["auto", "never"]
 COMPILER: Final = "g++"
-_OPTIONS: Final[dict[str, Any]] = {
-    # As every graph is served; the compiler writes the number into the code.
-    "cpp.threads": 1,
-    # Compiling torch's headers first pays from the second graph on, and there is none.
-    "cpp_cache_precompile_headers": False,
-    "aot_inductor.precompile_headers": False,
-}
+# A minute is usual; a machine that is ten times slower than that does better without.
+LIMIT_S: Final = 900
+# Of what the compiler said before it failed; the reason stands at its end.
+KEPT_CHARS: Final = 4_000
 
 
 def write_machine_code(
@@ -58,20 +55,13 @@ def write_machine_code(
             COMPILER,
         )
         return None
-    with TemporaryDirectory(prefix="moveline-compile-") as folder, _compiling(Path(folder)):
-        archive = Path(folder) / "graph.pt2"
-        # Asked of the program itself, and taken from it again before it is saved.
+    with TemporaryDirectory(prefix="moveline-compile-") as name:
+        folder = Path(name)
+        # With the sample inputs, which the compiler asks for and a package must not have.
         program.example_inputs = (inputs, {})
-        try:
-            torch._inductor.aoti_compile_and_package(  # noqa: SLF001 - documented, whatever its name
-                program, package_path=str(archive), inductor_configs=_OPTIONS
-            )
-        except (RuntimeError, OSError) as error:
-            raise ExportError(
-                f"the graph could not be compiled: {error}\nMake {COMPILER} work, or do without "
-                "with training.machine_code = never"
-            ) from error
-        _take_library(archive, package / MACHINE_CODE_FILE)
+        torch.export.save(program, folder / "graph.pt2")
+        _compile(folder / "graph.pt2", folder / "compiled.pt2")
+        _take_library(folder / "compiled.pt2", package / MACHINE_CODE_FILE)
     return {
         "file": MACHINE_CODE_FILE,
         "torch_version": torch.__version__,
@@ -79,16 +69,23 @@ def write_machine_code(
     }
 
 
-@contextmanager
-def _compiling(folder: Path) -> Iterator[None]:
-    """Keep what the compiler leaves in a folder, and torch's warnings about itself from the log."""
-    # A second of start-up, which only who compiles has to pay.
-    from torch._inductor.utils import fresh_cache  # noqa: PLC0415
-
-    with fresh_cache(dir=str(folder)), warnings.catch_warnings():
-        # Only torch and what it compiles with run here, and warn of one another.
-        warnings.simplefilter("ignore")
-        yield
+def _compile(graph: Path, archive: Path) -> None:
+    """Have another process compile a saved graph (trainer/compile_graph.py says why another)."""
+    # What torch warns of are torch's own parts; what it caches goes with the folder.
+    module = "trainer.compile_graph"
+    command = [sys.executable, "-W", "ignore", "-m", module, str(graph), str(archive)]
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(graph.parent / "cache")}
+    try:
+        subprocess.run(
+            command, env=environment, check=True, capture_output=True, text=True, timeout=LIMIT_S
+        )
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        said = error.stderr or ""
+        reason = said.decode(errors="replace") if isinstance(said, bytes) else said
+        raise ExportError(
+            f"the graph could not be compiled: {reason[-KEPT_CHARS:].strip() or error}\n"
+            f"Make {COMPILER} work, or do without with training.machine_code = never"
+        ) from error
 
 
 def _take_library(archive: Path, target: Path) -> None:
