@@ -66,13 +66,18 @@ class Checkpoint:
             _sync(self._folder)
         self._ranks.wait()
 
+    @staticmethod
+    def is_in(folder: Path | None) -> bool:
+        """Whether a folder holds a checkpoint, of whatever run."""
+        return folder is not None and (folder / FILE).is_file()
+
     def restore(self, model: nn.Module, optimiser: torch.optim.Optimizer) -> Position | None:
         """Load the checkpoint into model and optimiser, if there is one.
 
         Raises:
             CheckpointError: It is of another run, or unreadable.
         """
-        if self._folder is None or not (self._folder / FILE).is_file():
+        if self._folder is None or not self.is_in(self._folder):
             return None
         path = self._folder / FILE
         try:

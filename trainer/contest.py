@@ -32,11 +32,12 @@ from trainer.baselines import (
 from trainer.batches import NUM_TARGETS, Batch, BatchSource, LabelExamples, in_order
 from trainer.blend import blended, calibrated, target_shares
 from trainer.calibration import calibrate
+from trainer.copy_first import learn_to_copy
 from trainer.counted import LiveSources
 from trainer.dataset import LabelGroups, newest
 from trainer.evaluate import BATCH_GROUPS, Ranker
 from trainer.item_vectors import co_occurrence_vectors, with_domains
-from trainer.loop import Fitted, Learner, LoopConfig, Stage, fit, prepare_torch
+from trainer.loop import CLOCKS, Fitted, Learner, LoopConfig, Stage, fit, prepare_torch
 from trainer.models.config import GemsConfig
 from trainer.models.gems import Gems
 from trainer.models.gru4rec import Gru4Rec
@@ -274,11 +275,24 @@ class Contest:
         source = self._gems_source(config)
         scored = gems_ranker(model, source, self._naming())
         fitted = self._fit(
-            GemsLearner(model), source, scored, rival.base, stages=training_stages(model)
+            GemsLearner(model),
+            source,
+            scored,
+            rival.base,
+            stages=training_stages(model),
+            spent_s=self._copy_first(model, source),
         )
         return Entry(
             lists_of(scored), scored, fitted, self._contribution(model, source), model=model
         )
+
+    def _copy_first(self, model: Gems, source: BatchSource) -> float:
+        """Have the copy head learn first; return the seconds of the budget that it took."""
+        loop = self.budget.loop(self.seed)
+        clock = CLOCKS[loop.budget_clock]
+        started = clock()
+        learn_to_copy(model, source, self.labels, loop, num_targets=self.budget.num_targets)
+        return clock() - started
 
     def _fit(
         self,
@@ -288,6 +302,7 @@ class Contest:
         name: str,
         *,
         stages: Sequence[Stage] = (),
+        spent_s: float = 0.0,
     ) -> Fitted:
         """Train until the budget is spent or the tuning window sees no progress."""
         targets = Targets.of(self.source, self.task.tune)
@@ -303,6 +318,7 @@ class Contest:
             name=name,
             stages=stages,
             judge=judge,
+            spent_s=spent_s,
         )
 
     def _contribution(self, model: Gems, source: BatchSource) -> list[float]:

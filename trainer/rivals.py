@@ -77,16 +77,18 @@ RIVALS: dict[str, Rival] = {
         base="by_facts",
         note="as served: the model and the live sources",
         sources=("gems_no_sources", *SOURCES),
-        definition=2,
+        definition=3,
     ),
     "gems_constant_weights": Rival(
         kind="served",
         base="constant",
         note="as served, the weights of model and sources constant",
         sources=("gems_no_sources", *SOURCES),
-        definition=2,
+        definition=3,
     ),
-    "gems_no_sources": Rival(kind="gems", base="gems", note="the model alone: no live sources"),
+    "gems_no_sources": Rival(
+        kind="gems", base="gems", note="the model alone: no live sources", definition=2
+    ),
     "gems_plain": Rival(
         kind="gems", base="gems", note="the paper's method alone: no extension", changes=PLAIN
     ),
@@ -94,30 +96,45 @@ RIVALS: dict[str, Rival] = {
         kind="gems", base="gems", note="the model without the copy head", changes={"copy": "off"}
     ),
     "gems_no_prior": Rival(
-        kind="gems", base="gems", note="the model without the prior", changes={"prior": "off"}
+        kind="gems",
+        base="gems",
+        note="the model without the prior",
+        changes={"prior": "off"},
+        definition=2,
     ),
-    "gems_sum": Rival(kind="gems", base="gems", note="fusion sum", changes={"fusion": "sum"}),
-    "gems_mean": Rival(kind="gems", base="gems", note="fusion mean", changes={"fusion": "mean"}),
+    "gems_sum": Rival(
+        kind="gems", base="gems", note="fusion sum", changes={"fusion": "sum"}, definition=2
+    ),
+    "gems_mean": Rival(
+        kind="gems", base="gems", note="fusion mean", changes={"fusion": "mean"}, definition=2
+    ),
     "gems_recent_only": Rival(
         kind="gems",
         base="gems",
         note="the model, recent stream alone",
         changes={"streams": ("recent",)},
+        definition=2,
     ),
     "gems_no_mid": Rival(
         kind="gems",
         base="gems",
         note="the model without the mid-term stream",
         changes={"streams": ("recent", "lifelong")},
+        definition=2,
     ),
     "gems_no_lifelong": Rival(
         kind="gems",
         base="gems",
         note="the model without the lifelong stream",
         changes={"streams": ("recent", "mid")},
+        definition=2,
     ),
     "gems_gate": Rival(
-        kind="gems", base="gems", note="learned gate instead of the sum", changes={"fusion": "gate"}
+        kind="gems",
+        base="gems",
+        note="learned gate instead of the sum",
+        changes={"fusion": "gate"},
+        definition=2,
     ),
     "counts_blend": Rival(
         kind="blend",

@@ -12,6 +12,8 @@ from torch import Tensor
 from features.sources import HALF_LIFE_H_DEFAULT
 from trainer.batches import NUM_TARGETS, PADDING, Batch, BatchSource, LabelExamples
 from trainer.calibration import calibrate
+from trainer.checkpoint import Checkpoint
+from trainer.copy_first import learn_to_copy
 from trainer.counted import LiveSources
 from trainer.dataset import (
     TRAIN_QUANTILE,
@@ -157,6 +159,9 @@ def train(
     vocabulary = Vocabulary.of(log, split_ms=fit_ms)
     source = gems_source(log, vocabulary, config.model)
     model = new_model(log, vocabulary, config, tables_ms=fit_ms, compressor=compressor)
+    # A run that is resumed has it in its checkpoint.
+    if not (outputs.resume and Checkpoint.is_in(outputs.checkpoints)):
+        learn_to_copy(model, source, learnable, config.loop, num_targets=config.num_targets)
     fitted = fit(
         GemsLearner(model),
         LabelExamples(source, learnable, config.num_targets),
