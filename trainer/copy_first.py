@@ -15,13 +15,13 @@ from torch import Tensor
 
 from trainer.batches import Batch, BatchSource, LabelExamples
 from trainer.dataset import EventLog, LabelGroups
-from trainer.loop import Learner, LoopConfig, fit
+from trainer.loop import Fitted, Learner, LoopConfig, fit
 from trainer.models.gems import SMALLEST_SHARE, Gems
 
 # Of the seconds of a training, what the head may take at most.
 BUDGET_SHARE = 0.2
-# One pass is enough: on groceries 20 seconds rank as well as 150.
-EPOCHS = 1.0
+# Labels of its pass at most: on groceries twelve thousand rank as well as seventy.
+LABELS_MAX = 16_384
 
 
 class CopyLearner(Learner[Batch]):
@@ -69,8 +69,8 @@ def learn_to_copy(
     loop: LoopConfig,
     *,
     num_targets: int,
-) -> None:
-    """Train the copy head in place, for a share of the budget; nothing where nobody repeats.
+) -> Fitted | None:
+    """Train the copy head in place, one pass at most; None where nobody repeats.
 
     Args:
         model: Freshly made.
@@ -85,11 +85,13 @@ def learn_to_copy(
         DeviceError: There is no such device.
     """
     if not model.config.copies or not has_repeats(source.log):
-        return
+        return None
     # Without the old events, which the head does not read.
     read = replace(source, num_older=0)
-    own = replace(loop, epochs=EPOCHS, budget_s=BUDGET_SHARE * loop.budget_s)
-    fit(CopyLearner(model), LabelExamples(read, labels, num_targets), own, name="copy head")
+    epochs = min(1.0, LABELS_MAX / max(1, len(labels)))
+    own = replace(loop, epochs=epochs, budget_s=BUDGET_SHARE * loop.budget_s)
+    examples = LabelExamples(read, labels, num_targets)
+    return fit(CopyLearner(model), examples, own, name="copy head")
 
 
 def has_repeats(log: EventLog) -> bool:

@@ -159,9 +159,12 @@ def train(
     vocabulary = Vocabulary.of(log, split_ms=fit_ms)
     source = gems_source(log, vocabulary, config.model)
     model = new_model(log, vocabulary, config, tables_ms=fit_ms, compressor=compressor)
+    copied = None
     # A run that is resumed has it in its checkpoint.
     if not (outputs.resume and Checkpoint.is_in(outputs.checkpoints)):
-        learn_to_copy(model, source, learnable, config.loop, num_targets=config.num_targets)
+        copied = learn_to_copy(
+            model, source, learnable, config.loop, num_targets=config.num_targets
+        )
     fitted = fit(
         GemsLearner(model),
         LabelExamples(source, learnable, config.num_targets),
@@ -172,6 +175,9 @@ def train(
         spent_s=clock() - started,
     )
     refuse_no_step(fitted, config.loop)
+    if copied is not None and copied.ended_by == "budget":
+        # Not repeatable either.
+        fitted = replace(fitted, ended_by="budget")
     trained = Trained(
         model=model,
         config=config,
