@@ -25,7 +25,7 @@ from rich.table import Table
 
 from benchmarks.common import CONSOLE, is_recording, kafka_home
 from benchmarks.publish_bench import Asker, installation
-from benchmarks.publish_faults import CASES, ELSEWHERE, NotRefusedError
+from benchmarks.publish_faults import CASES, NotRefusedError
 from compose.errors import ComposeError
 from compose.figures import report
 from features.errors import FeatureError
@@ -107,8 +107,6 @@ def print_table(verdicts: Mapping[str, Verdict]) -> None:
             "yes" if one.is_healed else "[bold red]NO[/bold red]",
             f"{one.seconds:.0f}",
         )
-    for name, why in ELSEWHERE.items():
-        table.add_row(name, f"[bold red]LEFT OUT: {why}[/bold red]")
     Console(width=200).print(table)
 
 
@@ -139,7 +137,6 @@ def main() -> int:
             "healed": num_healed,
             "wrong_answers": num_wrong,
             "answers": sum(one.num_answers for one in verdicts.values()),
-            "left_out": sorted(ELSEWHERE),
         },
         command="make faults-publish",
         caveats={"broker": "Apache Kafka" if kafka_home() else "the embedded broker"},

@@ -27,6 +27,7 @@ from compose.settings import load_settings
 from compose.versions import Versions, dead_folders
 from features.config import StateConfig
 from features.keys import bucket_of
+from features.lake import list_files
 from features.redis import WRITTEN, BucketWrite, CatalogueStore, StateStore, Trending, connect
 from features.row import encode_write
 from features.schema import schema_hash
@@ -35,7 +36,9 @@ from scoring.client import Recommender
 from scoring.errors import ScoringError
 from scoring.signature import RECOMMEND_MODEL, Degraded
 from scoring.triton import TritonServer
-from streams.kafka import KafkaConfig, ensure_topics
+from streams.kafka import KafkaConfig, end_offsets, ensure_topics
+from streams.producer import EventProducer
+from streams.publish import publish_events
 from trainer.manifest import MANIFEST_FILE, MODEL_FILE, facts_of
 from trainer.repository import STAGING
 
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
 
     from compose.local.stack import LocalStack
     from compose.settings import Settings
+    from features.events import Event
     from trainer.machine_code import MachineCode
     from trainer.publish import Step
 
@@ -54,6 +58,7 @@ _NUM_EVENTS: Final = 30
 _START_MS: Final = 1_763_700_000_000
 # A publication on a machine that does other things too.
 PATIENCE_S: Final = 180.0
+_TRAINING_S: Final = 600.0
 _ASK_EVERY_S: Final = 0.05
 _DEADLINE_S: Final = 10.0
 _POLL_S: Final = 0.05
@@ -347,6 +352,51 @@ def copy_package(package: Path, target: Path, **facts: object) -> Path:
     manifest = json.loads((target / MANIFEST_FILE).read_text(encoding="utf-8"))
     (target / MANIFEST_FILE).write_text(json.dumps({**manifest, **facts}), encoding="utf-8")
     return target
+
+
+def fill_lake(bench: Installation, events: Sequence[Event]) -> None:
+    """Publish events, and return when the lake's sink has written them."""
+    kafka, topics = kafka_of(bench.settings)
+    with EventProducer(kafka, topics.events) as producer:
+        publish_events(producer, events, progress=False)
+    ends = end_offsets(kafka, topics.events)
+
+    def is_written() -> bool:
+        files = list_files(bench.settings.lake.path, topics.events)
+        held = {file.partition: file.end + 1 for file in files}
+        return all(held.get(partition, 0) >= end for partition, end in ends.items())
+
+    command = [sys.executable, "-m", "compose.cli", "lake"]
+    bench.stack.spawn("lake", command, env=bench.environment)
+    try:
+        until(is_written)
+    finally:
+        bench.stack.stop("lake")
+
+
+def train_once(bench: Installation) -> dict[str, Any]:
+    """Have the trainer do one run, whatever there is to learn, and return its record."""
+    environment = {
+        **bench.environment,
+        "MOVELINE_MODELS": str(bench.folder / "trained"),
+        "MOVELINE_TRAINING__EVENTS_MIN": "1",
+        "MOVELINE_TRAINING__BUDGET_S": "60",
+        "MOVELINE_TRAINING__MACHINE_CODE": "never",
+        # Interpreted, and beside everything else on the machine.
+        "MOVELINE_TRAINING__LATENCY_MS": "10000",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "compose.cli", "trainer", "once", "--json"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=_TRAINING_S,
+    )
+    if not done.stdout.strip():
+        raise RuntimeError(f"the trainer ended with {done.returncode}: {done.stderr[-800:]}")
+    record: dict[str, Any] = json.loads(done.stdout)
+    return record
 
 
 def write_users(store: StateStore) -> None:

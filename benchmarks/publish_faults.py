@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from benchmarks.publish_bench import copy_package, until
+from benchmarks.publish_bench import copy_package, fill_lake, train_once, until
+from features.clock import now_ms
+from features.events import Event
 from trainer.manifest import GOLDEN_FILE, ITEM_IDS_FILE, MANIFEST_FILE, MODEL_FILE, sha256_of
 from trainer.publish import Step
 
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from benchmarks.publish_bench import Installation
+
+
+DAY_MS: Final = 86_400_000
 
 
 class NotRefusedError(Exception):
@@ -133,6 +138,31 @@ def _rehash(package: Path) -> None:
     path.write_text(json.dumps(manifest), encoding="utf-8")
 
 
+def no_better_model(bench: Installation) -> str:
+    """Have the trainer learn from a log in which counting is always right: no model is better."""
+    fill_lake(bench, _faithful())
+    record = train_once(bench)
+    if record["state"] != "refused" or "own_frequency has" not in record["says"]:
+        raise NotRefusedError(f"the run was {record['state']}: {record['says']}")
+    return str(record["says"])[:160]
+
+
+def _faithful() -> list[Event]:
+    """Return events of users who meet the same item every day."""
+    newest_ms = now_ms()
+    return [
+        Event(
+            event_id=f"faithful:{user}:{day}",
+            user_id=user,
+            item_id=user,
+            action="click",
+            event_time_ms=newest_ms - (_NUM_DAYS - day) * DAY_MS,
+        )
+        for user in range(_NUM_FAITHFUL)
+        for day in range(_NUM_DAYS)
+    ]
+
+
 def other_schema(bench: Installation) -> str:
     """Publish a model of other features than the live generation has."""
     package = copy_package(bench.packages[1], bench.folder / "schema", feature_schema_hash="0" * 16)
@@ -199,6 +229,8 @@ def redis_away(bench: Installation, step: Step) -> str:
     )
 
 
+_NUM_FAITHFUL: Final = 40
+_NUM_DAYS: Final = 30
 # Longer than a command waits for Redis.
 _AWAY_S: Final = 12.0
 
@@ -213,6 +245,7 @@ CASES: Final[dict[str, Case]] = {
     "byte-flipped": Case(byte_flipped),
     "byte-flipped-on-disk": Case(byte_flipped_on_disk),
     "not-finite": Case(not_finite),
+    "no-better-model": Case(no_better_model),
     "other-schema": Case(other_schema),
     "disk-full": Case(disk_full),
     "triton-killed": Case(triton_killed, may_go_live=True, may_fall_back=True, may_fail=True),
@@ -222,5 +255,3 @@ CASES: Final[dict[str, Case]] = {
         partial(redis_away, step=Step.RECORDED), may_go_live=True, may_fall_back=True
     ),
 }
-# Judged by the trainer before it publishes (trainer/gates.py), not by publishing.
-ELSEWHERE: Final = {"worse-model": "a gate of the trainer: see its tests"}
