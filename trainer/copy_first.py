@@ -10,13 +10,12 @@ Legend: B labels, T targets, G places for distinct items, D width, I dense items
 from dataclasses import replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from trainer.batches import Batch, BatchSource, LabelExamples
 from trainer.dataset import EventLog, LabelGroups
 from trainer.loop import Fitted, Learner, LoopConfig, fit
-from trainer.models.gems import SMALLEST_SHARE, Gems
+from trainer.models.gems import SMALLEST_SHARE, Gems, copied_from
 
 # Of the seconds of a training, what the head may take at most.
 BUDGET_SHARE = 0.2
@@ -32,19 +31,13 @@ class CopyLearner(Learner[Batch]):
     def __init__(self, model: Gems) -> None:
         super().__init__()
         self.copy = model.copy
-        self._streams = frozenset(model.config.streams)
-        self._width = model.config.width
+        self._config = model.config
         self.register_buffer("vector_IE", model.item.weight.detach(), persistent=False)
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean negative log-share of the targets, in which one that is no repeat counts nothing."""
-        named = (("mid", batch.mid), ("recent", batch.recent))
-        streams = [stream for name, stream in named if name in self._streams]
-        seen = self.copy.occurrences(
-            torch.cat([stream.item for stream in streams], dim=1),
-            torch.cat([stream.age_ms for stream in streams], dim=1),
-        )
-        state_BD = self.vector_IE.new_zeros(len(batch.targets_BT), self._width)
+        seen = self.copy.occurrences(*copied_from(self._config, batch.recent, batch.mid))
+        state_BD = self.vector_IE.new_zeros(len(batch.targets_BT), self._config.width)
         share_BG, item_BG = self.copy(seen, self.vector_IE[seen.item_BG], state_BD)
         same_BTG = batch.targets_BT.unsqueeze(2) == item_BG.unsqueeze(1)
         share_BT = (same_BTG * share_BG.unsqueeze(1)).sum(dim=2)

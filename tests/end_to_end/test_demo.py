@@ -52,7 +52,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 def demo(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "MOVELINE_RUN_DIR": str(folder / "run")}
+    environment = {
+        **os.environ,
+        "MOVELINE_RUN_DIR": str(folder / "run"),
+        # A minute of a processor for each of two versions; tests/scoring/test_machine_code.py
+        # serves a compiled one.
+        "MOVELINE_TRAINING__MACHINE_CODE": "never",
+    }
     environment.pop("KAFKA_HOME", None)
     with (folder / "demo.log").open("w") as log:
         return subprocess.Popen(

@@ -36,7 +36,15 @@ from trainer.models.lifelong import (
 from trainer.models.trie import ItemTrie
 from trainer.semantic_ids import SemanticIds
 
-__all__ = ["Gems", "GemsConfig", "History", "Reading", "mixed_log", "without_lifelong"]
+__all__ = [
+    "Gems",
+    "GemsConfig",
+    "History",
+    "Reading",
+    "copied_from",
+    "mixed_log",
+    "without_lifelong",
+]
 
 # Probabilities below this are treated as this, so that logarithms and their gradients stay finite.
 SMALLEST_SHARE = 1e-12
@@ -333,15 +341,18 @@ class Gems(nn.Module):
     ) -> tuple[CopyShares | None, Tensor]:
         if not self.config.copies:
             return None, torch.zeros_like(state_BD[:, 0])
-        named = (("mid", mid), ("recent", recent))
-        streams = [stream for name, stream in named if name in self.config.streams]
-        seen = self.copy.occurrences(
-            torch.cat([stream.item for stream in streams], dim=1),
-            torch.cat([stream.age_ms for stream in streams], dim=1),
-        )
+        seen = self.copy.occurrences(*copied_from(self.config, recent, mid))
         shares: CopyShares = self.copy(seen, self.item(seen.item_BG), state_BD)
         weight: Tensor = self.gate(state_BD).squeeze(1).sigmoid()
         return shares, weight * (shares.share_BG > 0).any(dim=1)
+
+
+def copied_from(config: GemsConfig, recent: Stream, mid: Stream) -> tuple[Tensor, Tensor]:
+    """Items and ages of what the copy head reads [B, N], newest last."""
+    named = (("mid", mid), ("recent", recent))
+    streams = [stream for name, stream in named if name in config.streams]
+    item_BN = torch.cat([stream.item for stream in streams], dim=1)
+    return item_BN, torch.cat([stream.age_ms for stream in streams], dim=1)
 
 
 def mixed_log(log_generated: Tensor, copied: Tensor, copy_weight: Tensor) -> Tensor:
