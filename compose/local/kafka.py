@@ -7,6 +7,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import sys
 import uuid
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -23,13 +24,7 @@ if TYPE_CHECKING:
 
 WHEEL = "noida-db"
 PORT_OPTION = "--kafka-port"
-# Where the kernel groups processes by session, only the group's niceness counts between sessions.
-_YIELDING = (
-    "sh",
-    "-c",
-    '[ ! -w /proc/self/autogroup ] || echo 5 > /proc/self/autogroup; exec nice -n 5 "$@"',
-    "sh",
-)
+_PATIENCE = Path(__file__).with_name("patience.py")
 _EMBEDDED_STOP_TIMEOUT_S = 30.0  # it writes its topics out when it ends
 _APACHE_STOP_TIMEOUT_S = 60.0  # a controlled shutdown closes and indexes every segment first
 _FORMAT_TIMEOUT_S = 60.0
@@ -109,13 +104,12 @@ class EmbeddedKafka:
 
     def plan(self, ports: Mapping[str, int]) -> Plan:
         """Return what to run, with every other database of the binary left out."""
-        port = ports[PORT_OPTION]
+        port, inner = ports[PORT_OPTION], free_ports(1)[0]
         self.data_dir.mkdir(parents=True, exist_ok=True)
-        where = ("--data-dir", str(self.data_dir), "--host", LOOPBACK, "--kafka-port", str(port))
+        door = (sys.executable, "-I", "-S", str(_PATIENCE), str(port), str(inner))
+        where = ("--data-dir", str(self.data_dir), "--host", LOOPBACK, "--kafka-port", str(inner))
         return Plan(
-            # It answers every fetch at once, whatever time it was given. At this priority it leaves
-            # the cores to who has work, and idle consumers wait for it meanwhile.
-            argv=(*_YIELDING, str(self.binary), "start", "--only", "kafka", *where),
+            argv=(*door, str(self.binary), "start", "--only", "kafka", *where),
             environment=inherited_environment(),
             ports=(port,),
             answers=lambda: _answers(port),
