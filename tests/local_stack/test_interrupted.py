@@ -36,8 +36,8 @@ def test_a_signal_while_running_stops_everything(start: Start, number: str) -> N
     url = command.line_with("up redis://").split()[1]
     with redis.Redis.from_url(url) as client:
         client.set("kept", number)
-    # The command, the three servers and the worker.
-    assert len(command.survivors()) == 5
+    # The command, three servers, the door before the broker and the worker.
+    assert len(command.survivors()) == 6
 
     command.child.send_signal(signal.Signals[number])
 
