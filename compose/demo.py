@@ -358,7 +358,9 @@ def run_demo(settings: Settings, options: DemoOptions) -> None:
                 "`moveline status`, `moveline features HOUSEHOLD`, `moveline recommend "
                 "HOUSEHOLD`, `moveline down`."
             )
-    report("demo", figures, command="make demo", caveats=CAVEATS, keep=options.record)
+    broker = "Apache Kafka" if chosen.kafka_home else "the embedded broker"
+    caveats = {**CAVEATS, "broker": broker}
+    report("demo", figures, command="make demo", caveats=caveats, keep=options.record)
     refuse_broken_promises(figures)
 
 
