@@ -291,7 +291,7 @@ class Contest:
         loop = self.budget.loop(self.seed)
         clock = CLOCKS[loop.budget_clock]
         started = clock()
-        learn_to_copy(model, source, self.labels, loop, num_targets=self.budget.num_targets)
+        learn_to_copy(model, LabelExamples(source, self.labels, self.budget.num_targets), loop)
         return clock() - started
 
     def _fit(

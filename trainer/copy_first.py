@@ -12,8 +12,8 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from trainer.batches import Batch, BatchSource, LabelExamples
-from trainer.dataset import EventLog, LabelGroups
+from trainer.batches import Batch, LabelExamples
+from trainer.dataset import EventLog
 from trainer.loop import Fitted, Learner, LoopConfig, fit
 from trainer.models.gems import SMALLEST_SHARE, Gems, copied_from
 
@@ -55,36 +55,26 @@ class CopyLearner(Learner[Batch]):
         return int(batch.recent.mask.sum()) + int(batch.mid.mask.sum())
 
 
-def learn_to_copy(
-    model: Gems,
-    source: BatchSource,
-    labels: LabelGroups,
-    loop: LoopConfig,
-    *,
-    num_targets: int,
-) -> Fitted | None:
+def learn_to_copy(model: Gems, examples: LabelExamples, loop: LoopConfig) -> Fitted | None:
     """Train the copy head in place, one pass at most; None where nobody repeats.
 
     Args:
         model: Freshly made.
-        source: Batches of what it reads.
-        labels: What is learned from.
+        examples: What all of it will learn from.
         loop: Of the whole training.
-        num_targets: Of a label.
 
     Raises:
         EmptyWindowError: No label has a target that the model knows.
         DivergedError: The loss is not finite.
         DeviceError: There is no such device.
     """
-    if not model.config.copies or not has_repeats(source.log):
+    if not model.config.copies or not has_repeats(examples.source.log):
         return None
     # Without the old events, which the head does not read.
-    read = replace(source, num_older=0)
-    epochs = min(1.0, LABELS_MAX / max(1, len(labels)))
+    read = replace(examples, source=replace(examples.source, num_older=0))
+    epochs = min(1.0, LABELS_MAX / max(1, len(examples.groups)))
     own = replace(loop, epochs=epochs, budget_s=BUDGET_SHARE * loop.budget_s)
-    examples = LabelExamples(read, labels, num_targets)
-    return fit(CopyLearner(model), examples, own, name="copy head")
+    return fit(CopyLearner(model), read, own, name="copy head")
 
 
 def has_repeats(log: EventLog) -> bool:

@@ -44,6 +44,7 @@ from trainer.models.gems import Gems
 from trainer.models.indexer import DISTIL, FULL, TOP_K
 from trainer.models.lifelong import Compressor
 from trainer.models.sources import SourceGate
+from trainer.ranks import joined
 from trainer.semantic_ids import CODE_SIZES, learn_semantic_ids
 from trainer.served import Served
 from trainer.vocabulary import Vocabulary, item_counts, item_users
@@ -159,25 +160,13 @@ def train(
     vocabulary = Vocabulary.of(log, split_ms=fit_ms)
     source = gems_source(log, vocabulary, config.model)
     model = new_model(log, vocabulary, config, tables_ms=fit_ms, compressor=compressor)
-    copied = None
-    # A run that is resumed has it in its checkpoint.
-    if not (outputs.resume and Checkpoint.is_in(outputs.checkpoints)):
-        copied = learn_to_copy(
-            model, source, learnable, config.loop, num_targets=config.num_targets
-        )
-    fitted = fit(
-        GemsLearner(model),
+    fitted = _learned(
+        model,
         LabelExamples(source, learnable, config.num_targets),
         config.loop,
-        name="gems",
-        outputs=replace(outputs, data_key=data_key(log, config)),
-        stages=training_stages(model),
+        replace(outputs, data_key=data_key(log, config)),
         spent_s=clock() - started,
     )
-    refuse_no_step(fitted, config.loop)
-    if copied is not None and copied.ended_by == "budget":
-        # Not repeatable either.
-        fitted = replace(fitted, ended_by="budget")
     trained = Trained(
         model=model,
         config=config,
@@ -190,6 +179,34 @@ def train(
         domain_V=domains_of(log, vocabulary),
     )
     return with_gate(trained, calibration_groups(log, groups, fit_ms=fit_ms, split_ms=split_ms))
+
+
+def _learned(
+    model: Gems, examples: LabelExamples, loop: LoopConfig, outputs: Outputs, *, spent_s: float
+) -> Fitted:
+    """The copy head learns, then all of the model; what both go through as one."""
+    clock = CLOCKS[loop.budget_clock]
+    started = clock() - spent_s
+    copied = None
+    # Processes that train together stay together from one loop to the next.
+    with joined(loop.device):
+        # A run that is resumed has it in its checkpoint.
+        if not (outputs.resume and Checkpoint.is_in(outputs.checkpoints)):
+            copied = learn_to_copy(model, examples, loop)
+        fitted = fit(
+            GemsLearner(model),
+            examples,
+            loop,
+            name="gems",
+            outputs=outputs,
+            stages=training_stages(model),
+            spent_s=clock() - started,
+        )
+    refuse_no_step(fitted, loop)
+    if copied is not None and copied.ended_by == "budget":
+        # Not repeatable either.
+        return replace(fitted, ended_by="budget")
+    return fitted
 
 
 def fit_time_ms(log: EventLog, groups: LabelGroups, config: TrainConfig) -> int:

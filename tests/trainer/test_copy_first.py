@@ -62,7 +62,7 @@ def taught(
     before = {name: value.clone() for name, value in model.state_dict().items()}
     vocabulary = Vocabulary.of(log, split_ms=int(log.event_time_ms_N.max()))
     source = gems_source(log, vocabulary, config.model)
-    learn_to_copy(model, source, labels, config.loop, num_targets=config.num_targets)
+    learn_to_copy(model, LabelExamples(source, labels, config.num_targets), config.loop)
     return before
 
 
