@@ -13,7 +13,7 @@ PAGES: Final = (ROOT / "README.md", ROOT / "docs" / "measured.md")
 RESULTS: Final = ROOT / "benchmarks" / "results"
 BLOCK: Final = re.compile(r"<!-- figures:(\S+) -->\n.*?<!-- /figures -->", re.DOTALL)
 # What each figure of a result is called for people: (figure, words).
-ROWS: Final = {
+ROWS: Final[dict[str, tuple[tuple[str, str], ...]]] = {
     "demo": (
         ("events", "real events published, acknowledged and kept"),
         ("events_per_s", "events/s, first send to last one in Redis, lake written beside it"),
@@ -25,6 +25,8 @@ ROWS: Final = {
         ("click_to_answer_ms", "acknowledged click to an answer that has seen it (ms)"),
         ("request_p50_ms", "request p50 over gRPC, one client (ms)"),
         ("request_p99_ms", "request p99 (ms)"),
+        ("loop_requests", "requests while the trainer's loop turned once"),
+        ("loop_failed_requests", "of them failed"),
         ("hr10_model", "HR@10 of the model"),
         ("hr10_own_frequency", "HR@10 of own frequency, last 256"),
         ("hr10_own_decayed", "HR@10 of own frequency, recency-weighted"),
@@ -167,6 +169,7 @@ ROWS: Final = {
         ("equal", "every user byte for byte as live, a sample as the oracle says"),
     ),
 }
+ROWS["bench-staleness-alone"] = ROWS["bench-staleness"]
 
 
 def block(name: str) -> str:
