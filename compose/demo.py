@@ -365,16 +365,20 @@ def run_demo(settings: Settings, options: DemoOptions) -> None:
 
 
 def own_folder(settings: Settings) -> Settings:
-    """Return settings in a folder of the demo's own, with an empty lake: it is another log."""
+    """Return settings in a folder of the demo's own, nothing of an earlier demo's log in it.
+
+    The trainer's records name positions, too: with them, it would find nothing new to learn.
+    """
     run_dir = settings.run_dir / "demo"
-    lake_path = run_dir / "lake"
-    if lake_path.exists():
-        shutil.rmtree(lake_path)
+    lake_path, models = run_dir / "lake", run_dir / "models"
+    for path in (lake_path, models):
+        if path.exists():
+            shutil.rmtree(path)
     return settings.model_copy(
         update={
             "run_dir": run_dir,
             "lake": settings.lake.model_copy(update={"path": lake_path}),
-            "models": run_dir / "models",
+            "models": models,
             # What households buy is in season for weeks.
             "sources": settings.sources.model_copy(update={"half_life_h": HALF_LIFE_H}),
         }

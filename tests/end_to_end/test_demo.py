@@ -16,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from compose.demo import own_folder
 from compose.local.state import read_state
+from compose.settings import load_settings
 from features import lake
 from tests.waiting import until
 
@@ -100,6 +102,16 @@ def test_clicks_become_recommendations(folder: Path) -> None:
     assert changed == (figures["loop_verdict"] == "published")
     assert figures["loop_failed_requests"] == 0
     assert nothing_runs(folder)
+
+
+def test_a_demo_begins_without_what_the_one_before_left(tmp_path: Path) -> None:
+    """The second demo of a folder: its broker numbers the events from 0 again."""
+    chosen = load_settings(run_dir=tmp_path)
+    for path in (own_folder(chosen).lake.path / "part", own_folder(chosen).models / "runs"):
+        path.mkdir(parents=True)
+    settings = own_folder(chosen)
+    assert not settings.lake.path.exists()
+    assert not settings.models.exists()
 
 
 @pytest.mark.timeout(200)
