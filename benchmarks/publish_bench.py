@@ -27,7 +27,6 @@ from compose.settings import load_settings
 from compose.versions import Versions, dead_folders
 from features.config import StateConfig
 from features.keys import bucket_of
-from features.lake import list_files
 from features.redis import WRITTEN, BucketWrite, CatalogueStore, StateStore, Trending, connect
 from features.row import encode_write
 from features.schema import schema_hash
@@ -36,7 +35,7 @@ from scoring.client import Recommender
 from scoring.errors import ScoringError
 from scoring.signature import RECOMMEND_MODEL, Degraded
 from scoring.triton import TritonServer
-from streams.kafka import KafkaConfig, end_offsets, ensure_topics
+from streams.kafka import KafkaConfig, ensure_topics
 from streams.producer import EventProducer
 from streams.publish import publish_events
 from trainer.manifest import MANIFEST_FILE, MODEL_FILE, facts_of
@@ -355,23 +354,17 @@ def copy_package(package: Path, target: Path, **facts: object) -> Path:
 
 
 def fill_lake(bench: Installation, events: Sequence[Event]) -> None:
-    """Publish events, and return when the lake's sink has written them."""
+    """Publish events, and have the lake's sink write them."""
     kafka, topics = kafka_of(bench.settings)
     with EventProducer(kafka, topics.events) as producer:
         publish_events(producer, events, progress=False)
-    ends = end_offsets(kafka, topics.events)
-
-    def is_written() -> bool:
-        files = list_files(bench.settings.lake.path, topics.events)
-        held = {file.partition: file.end + 1 for file in files}
-        return all(held.get(partition, 0) >= end for partition, end in ends.items())
-
-    command = [sys.executable, "-m", "compose.cli", "lake"]
-    bench.stack.spawn("lake", command, env=bench.environment)
-    try:
-        until(is_written)
-    finally:
-        bench.stack.stop("lake")
+    subprocess.run(
+        [sys.executable, "-m", "compose.cli", "lake", "--until-end"],
+        env=bench.environment,
+        capture_output=True,
+        check=True,
+        timeout=PATIENCE_S,
+    )
 
 
 def train_once(bench: Installation) -> dict[str, Any]:

@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     from benchmarks.publish_bench import Installation
 
 
-DAY_MS: Final = 86_400_000
-
-
 class NotRefusedError(Exception):
     """A publication that had to fail went live."""
 
@@ -156,7 +153,7 @@ def _faithful() -> list[Event]:
             user_id=user,
             item_id=user,
             action="click",
-            event_time_ms=newest_ms - (_NUM_DAYS - day) * DAY_MS,
+            event_time_ms=newest_ms - (_NUM_DAYS - day) * _DAY_MS,
         )
         for user in range(_NUM_FAITHFUL)
         for day in range(_NUM_DAYS)
@@ -229,6 +226,7 @@ def redis_away(bench: Installation, step: Step) -> str:
     )
 
 
+_DAY_MS: Final = 86_400_000
 _NUM_FAITHFUL: Final = 40
 _NUM_DAYS: Final = 30
 # Longer than a command waits for Redis.

@@ -1,6 +1,6 @@
 """The copy head learns first and alone: what people repeat takes seconds to learn, not minutes.
 
-Belongs to the extension `copy`. A step of the head alone costs a twentieth of a step of the model,
+Belongs to the extension `copy`. A step of the head alone costs a small part of a step of the model,
 and what it learns of counts and recency does not depend on the encoders. Left to the common steps,
 a short training ends before it knows more than counting.
 
@@ -8,6 +8,7 @@ Legend: B labels, T targets, G places for distinct items, D width, I dense items
 """
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -16,6 +17,9 @@ from trainer.batches import Batch, LabelExamples
 from trainer.dataset import EventLog
 from trainer.loop import Fitted, Learner, LoopConfig, fit
 from trainer.models.gems import SMALLEST_SHARE, Gems, copied_from
+
+if TYPE_CHECKING:
+    from trainer.models.copying import CopyShares
 
 # Of the seconds of a training, what the head may take at most.
 BUDGET_SHARE = 0.2
@@ -38,12 +42,11 @@ class CopyLearner(Learner[Batch]):
         """Mean negative log-share of the targets, in which one that is no repeat counts nothing."""
         seen = self.copy.occurrences(*copied_from(self._config, batch.recent, batch.mid))
         state_BD = self.vector_IE.new_zeros(len(batch.targets_BT), self._config.width)
-        share_BG, item_BG = self.copy(seen, self.vector_IE[seen.item_BG], state_BD)
-        same_BTG = batch.targets_BT.unsqueeze(2) == item_BG.unsqueeze(1)
-        share_BT = (same_BTG * share_BG.unsqueeze(1)).sum(dim=2)
+        shares: CopyShares = self.copy(seen, self.vector_IE[seen.item_BG], state_BD)
+        share_BT = shares.of(batch.targets_BT)
         known_BT = batch.targets_BT > 0
-        repeats_BT = known_BT & same_BTG.any(dim=2)
-        loss: Tensor = -(share_BT.clamp(min=SMALLEST_SHARE).log() * repeats_BT).sum()
+        log_BT = share_BT.clamp(min=SMALLEST_SHARE).log()
+        loss: Tensor = -(log_BT * (known_BT & (share_BT > 0))).sum()
         return loss / known_BT.sum().clamp(min=1)
 
     def num_targets(self, batch: Batch) -> int:

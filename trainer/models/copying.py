@@ -47,6 +47,11 @@ class CopyShares(NamedTuple):
     share_BG: Tensor
     item_BG: Tensor
 
+    def of(self, targets_BT: Tensor) -> Tensor:
+        """The share of each target [B, T], 0 for one that would be no copy."""
+        same_BTG = targets_BT.unsqueeze(2) == self.item_BG.unsqueeze(1)
+        return (same_BTG * self.share_BG.unsqueeze(1)).sum(dim=2)
+
 
 class Occurrences(NamedTuple):
     """What the streams say about each distinct item of a user.

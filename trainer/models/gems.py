@@ -318,9 +318,7 @@ class Gems(nn.Module):
         )
         if reading.shares is None:
             return generated, reading
-        share_BG, item_BG = reading.shares
-        same_BTG = batch.targets_BT.unsqueeze(2) == item_BG.unsqueeze(1)
-        copied_BT = (same_BTG * share_BG.unsqueeze(1)).sum(dim=2)
+        copied_BT = reading.shares.of(batch.targets_BT)
         return mixed_log(generated, copied_BT, reading.copy_weight_B.unsqueeze(1)), reading
 
     def _with_some_memories_lost(self, history: History) -> History:
