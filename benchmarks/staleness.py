@@ -20,13 +20,11 @@ from benchmarks.common import CONSOLE
 from benchmarks.staleness_protocol import ARMS, between, judged_labels, sampled
 from features.history import labels_at
 from trainer.baselines import lists_of
-from trainer.batches import in_order
-from trainer.blend import blended, calibrated, target_shares
 from trainer.contest import Budget, Contest, Entry
 from trainer.dataset import label_groups, training_groups
-from trainer.evaluate import BATCH_GROUPS, held_out_groups
 from trainer.protocols import Task, rows_of
 from trainer.rankers import Naming, gems_ranker
+from trainer.served import Served
 from trainer.streaming_evaluation import Targets, places, rank_all, rank_frozen
 from trainer.train import TrainConfig, gems_source, train
 from trainer.training_state import WarmState, read_state, save_state
@@ -36,12 +34,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from benchmarks.staleness_protocol import Protocol
-    from trainer.baselines import ScoredRanker
     from trainer.dataset import EventLog, LabelGroups
     from trainer.train import Trained
-
-# Of the model and of each of REFERENCES; None where the model answers alone.
-Weights = list[float] | None
 
 # Rankings that need no model, and how often their frozen state is renewed: as an arm's.
 REFERENCES: Final = ("recent_popularity", "co_occurrence")
@@ -157,17 +151,19 @@ def run_arm(ground: Ground, arm: str) -> None:
     states = _States(ground, arm)
     begin = states.place_to_begin(moments, missing[0])
     for place in range(begin, len(moments)):
-        state, weights = states.trained_at(moments, place)
-        _judge_moment(ground, arm, moments[place], state, weights)
+        _judge_moment(ground, arm, moments[place], states.trained_at(moments, place))
 
 
-def _judge_moment(
-    ground: Ground, arm: str, moment_ms: int, state: WarmState, weights: Weights
-) -> None:
-    entry = entry_of(ground, state, weights)
+def _judge_moment(ground: Ground, arm: str, moment_ms: int, state: WarmState) -> None:
+    entry = entry_of(ground, state)
     labels = ground.interval(arm, moment_ms)
     found = ground.judged(entry, labels, moment_ms, f"{arm} {ground.path(arm, moment_ms).stem}")
-    facts = {"items": state.vocabulary.num_items, "weights": weights}
+    weights = state.gate.bias_W.detach().softmax(dim=0).tolist()
+    facts = {
+        "items": state.vocabulary.num_items,
+        # Of the model and of each live source where every fact is at its mean.
+        "weights": [round(one, 4) for one in weights],
+    }
     ground.write(arm, moment_ms, {**facts, **found})
     CONSOLE.print(f"{ground.path(arm, moment_ms).stem}: {len(labels)} labels judged, {facts}")
 
@@ -188,8 +184,8 @@ class _States:
         known_ms = self.state.split_ms + 1
         return missing if known_ms in moments[missing - 1 : missing + 1] else 0
 
-    def trained_at(self, moments: list[int], place: int) -> tuple[WarmState, Weights]:
-        """The arm's model as trained at a moment, and the weights it is mixed with."""
+    def trained_at(self, moments: list[int], place: int) -> WarmState:
+        """The arm's model as trained at a moment."""
         moment_ms = moments[place]
         if place == 0:
             return self._base()
@@ -199,36 +195,26 @@ class _States:
             self._train(self.arm, self.state, config, moment_ms)
             self.state = self._kept(self.arm)
         assert self.state is not None
-        return self.state, self._weights(self.arm, moment_ms)
+        return self.state
 
-    def _base(self) -> tuple[WarmState, Weights]:
+    def _base(self) -> WarmState:
         """What all arms begin with; trained once."""
-        split_ms = self.ground.protocol.split_ms
         if self._kept("base") is None:
             config = self.ground.protocol.training(self.ground.protocol.seconds("daily"))
-            self._train("base", WarmState.of(first_training(self.ground)), config, split_ms)
+            first = WarmState.of(first_training(self.ground))
+            self._train("base", first, config, self.ground.protocol.split_ms)
         self.state = self._kept("base")
         assert self.state is not None
-        return self.state, self._weights("base", split_ms)
+        return self.state
 
     def _train(self, name: str, state: WarmState, config: TrainConfig, moment_ms: int) -> None:
-        """Weigh by what the model before did in its time, then train; both are kept."""
-        weights = weights_of(self.ground, state, moment_ms)
         trained = trained_on(self.ground, state, config, moment_ms)
         new = self.folder / "new"
         new.mkdir(parents=True, exist_ok=True)
-        kept = {"moment_ms": moment_ms, "weights": weights}
-        self._path(name, ".json").write_text(json.dumps(kept), encoding="utf-8")
         save_state(trained, new).replace(self._path(name))
 
-    def _weights(self, name: str, moment_ms: int) -> Weights:
-        kept = json.loads(self._path(name, ".json").read_text(encoding="utf-8"))
-        assert kept["moment_ms"] == moment_ms, "weights are written before the state"
-        weights: Weights = kept["weights"]
-        return weights
-
-    def _path(self, name: str, suffix: str = "") -> Path:
-        return self.folder / f"{name}-{self.ground.key}{suffix}"
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}-{self.ground.key}"
 
     def _kept(self, name: str) -> WarmState | None:
         path = self._path(name)
@@ -260,55 +246,15 @@ def trained_on(ground: Ground, state: WarmState, config: TrainConfig, moment_ms:
     )
 
 
-def model_alone(ground: Ground, state: WarmState) -> ScoredRanker:
-    """The ranking of a model, whatever the time of a label."""
+def entry_of(ground: Ground, state: WarmState) -> Entry:
+    """A model as it is served: by its gate beside the live sources, or alone."""
     source = gems_source(ground.log, state.vocabulary, state.config.model)
-    naming = Naming.of(ground.contest.catalogue, state.vocabulary, repeats=True)
-    return gems_ranker(state.model, source, naming)
-
-
-def mixed_sources(ground: Ground, state: WarmState) -> list[ScoredRanker]:
-    """The model and the rankings without a model, in the order of their weights."""
-    scored = [ground.contest.enter(name).scored for name in REFERENCES]
-    return [model_alone(ground, state), *(one for one in scored if one is not None)]
-
-
-def entry_of(ground: Ground, state: WarmState, weights: Weights) -> Entry:
-    """A model as it is served."""
-    if weights is None:
-        alone = model_alone(ground, state)
-        return Entry(lists_of(alone), alone)
-    mixed = blended(mixed_sources(ground, state), np.array(weights))
-    return Entry(lists_of(mixed), mixed)
-
-
-def weights_of(ground: Ground, state: WarmState, moment_ms: int) -> Weights:
-    """The weights under which what came between a training and a moment was likeliest.
-
-    A model is worth most in the minute it is trained. Weights fitted there would trust it too much
-    for as long as it is served; those of its whole time are what the next one is served with.
-    """
+    catalogue = ground.contest.catalogue
     if ground.protocol.served == "gems_no_sources":
-        return None
-    groups = label_groups(ground.log)
-    begin_ms = state.split_ms + 1
-    window = groups.select(between(groups, begin_ms, moment_ms))
-    sources = mixed_sources(ground, state)
-    if len(window) == 0:
-        return [1.0 / len(sources)] * len(sources)
-    tune = held_out_groups(
-        ground.log,
-        window,
-        split_ms=begin_ms - 1,
-        seed=ground.protocol.seed,
-        max_users=ground.protocol.calibration_users,
-        max_groups_per_user=ground.protocol.labels_per_day,
-    )
-    targets = Targets.of(ground.contest.source, tune)
-    parts = list(in_order(tune, size=BATCH_GROUPS))
-    share_SE = []
-    for source in sources:
-        items, shares = zip(*(source(part) for part in parts), strict=True)
-        scored = np.concatenate(items), np.concatenate(shares)
-        share_SE.append(target_shares(scored, targets.group_E, targets.item_E))
-    return [round(float(one), 4) for one in calibrated(np.stack(share_SE, axis=1))]
+        alone = gems_ranker(
+            state.model, source, Naming.of(catalogue, state.vocabulary, repeats=True)
+        )
+        return Entry(lists_of(alone), alone)
+    mixture = Served(state.model, state.vocabulary, source, ground.contest.live)
+    ranked = mixture.ranker(state.gate, catalogue)
+    return Entry(lists_of(ranked), ranked)

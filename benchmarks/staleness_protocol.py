@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 HOUR_MS: Final = 3_600_000
 DAY_MS: Final = 24 * HOUR_MS
 # Raise it where a change of the code makes older files incomparable.
-REVISION: Final = 1
+REVISION: Final = 2
 # Hours between two trainings of an arm; None is never again.
 ARMS: Final[dict[str, int | None]] = {"once": None, "daily": 24, "sixhourly": 6}
 # What is ranked: the model mixed with what others did, or the model alone.
@@ -52,7 +52,6 @@ class Protocol:
         half_life_ms: What recent popularity counts is worth half after so long.
         prior_half_life_ms: Likewise what the priors of a model count when it is trained. An hour
             was better than three on 8 October, which is not judged.
-        calibration_users: Users whose labels weigh the sources of a mixture, at most.
         served: What is ranked; see SERVED.
         examples_per_batch: Labels of a step. Their histories are short, so that many together cost
             little more than a few.
@@ -70,7 +69,6 @@ class Protocol:
     window_ms: int = DAY_MS
     half_life_ms: int = NEWS_HALF_LIFE_MS
     prior_half_life_ms: int = HOUR_MS
-    calibration_users: int = 400
     served: str = "gems"
     seed: int = 1
     epochs: float = 100.0
@@ -111,6 +109,7 @@ class Protocol:
         """What is trained: all events of the log it is given."""
         return TrainConfig(
             train_quantile=1.0,
+            half_life_h=self.half_life_ms // HOUR_MS,
             code_sizes=self.code_sizes,
             model=self.model,
             loop=self.loop(seconds),

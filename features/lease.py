@@ -27,6 +27,8 @@ log = logging.getLogger("moveline.lease")
 LEASE_S: Final = 30.0
 # Renewals within a lease: two may fail before it is lost.
 _RENEWALS: Final = 3
+# Between two attempts of one that waits for it.
+_ASK_AGAIN_S: Final = 0.05
 
 
 @cache
@@ -51,7 +53,13 @@ class Lease:
 
     @classmethod
     def take(
-        cls, client: RedisClient, key: str, *, owner: str, lease_s: float = LEASE_S
+        cls,
+        client: RedisClient,
+        key: str,
+        *,
+        owner: str,
+        lease_s: float = LEASE_S,
+        wait_s: float = 0.0,
     ) -> Self | None:
         """Return the lease, None if somebody else holds it.
 
@@ -60,19 +68,28 @@ class Lease:
             key: names it.
             owner: who takes it; no two takers have the same name.
             lease_s: seconds it lasts without being renewed.
+            wait_s: seconds for which whoever holds it may still give it back.
 
         Raises:
             StoreError: Redis did not answer.
         """
         lease = cls(client, key, owner=owner, lease_s=lease_s)
-        asked_s = time.monotonic()
-        with mapped_errors(f"taking {key}"):
-            taken = execute(client, "SET", key, owner, "NX", "PX", round(lease_s * 1000))
-        if not taken:
-            return None
-        lease._held_until_s = asked_s + lease_s
+        until_s = time.monotonic() + wait_s
+        while not lease._taken():
+            if time.monotonic() >= until_s:
+                return None
+            time.sleep(_ASK_AGAIN_S)
         lease._thread.start()
         return lease
+
+    def _taken(self) -> bool:
+        asked_s = time.monotonic()
+        with mapped_errors(f"taking {self._key}"):
+            duration_ms = round(self._lease_s * 1000)
+            taken = execute(self._client, "SET", self._key, self._owner, "NX", "PX", duration_ms)
+        if taken:
+            self._held_until_s = asked_s + self._lease_s
+        return bool(taken)
 
     def __enter__(self) -> Self:
         return self

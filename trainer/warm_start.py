@@ -2,11 +2,11 @@
 
 What stays: the compressor with its tables, and with them the memory version, so that nobody's
 lifelong memory has to be made anew; the semantic id and, where vectors are frozen, the vector of
-every item known before; the sizes of the model; how it is weighed against the live sources. What
-changes: items that came since join (new_items.py), priors start from the counts of the new window,
-and the other weights learn on. Items that nobody meets any more keep their place, and domains that
-came since stay unknown, until a training from the start drops or learns them. The optimiser starts
-anew.
+every item known before; the sizes of the model. What changes: items that came since join
+(new_items.py), priors start from the counts of the new window, the other weights learn on, and the
+model is weighed against the live sources by what its predecessor did in service (gate_since). Items
+that nobody meets any more keep their place, and domains that came since stay unknown, until a
+training from the start drops or learns them. The optimiser starts anew.
 """
 
 import hashlib
@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 
 from trainer.batches import LabelExamples
+from trainer.calibration import MIN_EVENTS, calibrate
+from trainer.counted import LiveSources
 from trainer.dataset import (
     EventLog,
     LabelGroups,
@@ -28,12 +30,15 @@ from trainer.export import MANIFEST_FILE, read_manifest, sha256_of
 from trainer.loop import CLOCKS, NO_OUTPUTS, Outputs, Stage, fit, prepare_torch
 from trainer.models.gems import Gems
 from trainer.models.indexer import DISTIL, TOP_K
+from trainer.models.sources import SourceGate
 from trainer.new_items import extended, renew_priors, window_counts
+from trainer.served import Served
 from trainer.train import (
     STAGE_BEGINS,
     GemsLearner,
     TrainConfig,
     Trained,
+    calibration_groups,
     data_key,
     gems_source,
     refuse_no_step,
@@ -133,8 +138,28 @@ def warm_train(
         fitted=fitted,
         count_V=count_V,
         domain_V=known.domain_V,
-        gate=known.gate,
+        gate=gate_since(log, state, groups, config, until_ms=until_ms),
     )
+
+
+def gate_since(
+    log: EventLog, state: WarmState, groups: LabelGroups, config: TrainConfig, *, until_ms: int
+) -> SourceGate:
+    """What model and live sources weigh, by the labels since the earlier training.
+
+    They are answered by the model of then. A model is worth most in the minute it is trained;
+    weights that were fitted there would trust it too much for as long as it is served. Those of its
+    predecessor's whole time are those of its own, if trainings come evenly.
+
+    Returns:
+        The gate of `state` where those labels have too few events to say something else.
+    """
+    since = calibration_groups(log, groups, fit_ms=state.split_ms, split_ms=until_ms)
+    if since.num_rows_G.sum() < MIN_EVENTS:
+        return state.gate
+    source = gems_source(log, state.vocabulary, state.config.model)
+    live = LiveSources.of(log, half_life_h=config.half_life_h)
+    return calibrate(Served(state.model, state.vocabulary, source, live), since)
 
 
 def warm_stages(model: Gems) -> list[Stage]:

@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("moveline.trainer")
 
 DAY_MS: Final = 86_400_000
+# A service that has nothing to do holds the lease while it looks around, and for no longer.
+LOOK_S_MAX: Final = 10.0
 # What refuses a version. Whatever else goes wrong is a failure, which is tried again sooner.
 _REFUSALS: Final = (
     GateError,
@@ -96,7 +98,7 @@ def run_once(settings: Settings, *, why: str = "asked", full: bool = False) -> R
     client = connect(settings.redis.url)
     owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
     lease_s = settings.training.lease_s
-    lease = Lease.take(client, TRAINER_LEASE_KEY, owner=owner, lease_s=lease_s)
+    lease = Lease.take(client, TRAINER_LEASE_KEY, owner=owner, lease_s=lease_s, wait_s=LOOK_S_MAX)
     if lease is None:
         raise TrainerBusyError(
             f"another trainer ({holder(client, TRAINER_LEASE_KEY) or 'just ended'}) is at work. "

@@ -174,8 +174,7 @@ def test_the_future_changes_nothing(
             (ground.labels.time_ms_G >= moment_ms) & (ground.labels.time_ms_G < CHANGE_MS)
         )
         assert len(labels) > 5
-        weights_S = staleness.weights_of(ground, base, moment_ms)
-        entry = staleness.entry_of(ground, state, weights_S)
+        entry = staleness.entry_of(ground, state)
         ids = np.concatenate(([0], ground.contest.catalogue.item_ids_V))
         lists.append(ids[entry.rank(labels)])
         references = [ids[ground.contest.enter(one).rank(labels)] for one in staleness.REFERENCES]

@@ -1,6 +1,6 @@
 """A training that goes on: what stays, what joins, and that it does no harm."""
 
-import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +10,17 @@ import torch
 from tests.trainer.conftest import DAY_MS, small_model, small_training
 from tests.trainer.newer import END_MS, NEWER_FROM_MS, newer_log
 from trainer.baselines import lists_of
-from trainer.dataset import EventLog
+from trainer.dataset import EventLog, label_groups
 from trainer.errors import EmptyWindowError, ExportError, VocabularyError, WarmStartError
 from trainer.evaluate import held_out_groups, judge, model_ranker
 from trainer.export import Provenance, export, verify
 from trainer.loop import Outputs
 from trainer.models.gems import Gems
 from trainer.models.lifelong import memory_version
+from trainer.models.sources import SourceGate
 from trainer.package import Package
 from trainer.train import TrainConfig, Trained, served, train
-from trainer.warm_start import STATE_FILE, WarmState, load_state, warm_train
+from trainer.warm_start import STATE_FILE, WarmState, gate_since, load_state, warm_train
 
 PROVENANCE = Provenance(
     name="gems",
@@ -154,6 +155,43 @@ def test_priors_may_end_as_the_counts_of_the_end(trained: Trained, later: EventL
     assert moved.item() == pytest.approx(wanted, abs=1e-4)
 
 
+@pytest.fixture
+def every_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weighed by all labels since, however few: the made-up log has few users."""
+    monkeypatch.setattr("trainer.train.CALIBRATION_TIMES_PER_USER", 10_000)
+    monkeypatch.setattr("trainer.warm_start.MIN_EVENTS", 100)
+
+
+@pytest.mark.usefixtures("every_label")
+def test_the_model_is_weighed_by_what_its_predecessor_did(
+    trained: Trained, later: EventLog
+) -> None:
+    """Half of what came since was new: the predecessor could not name it, the counts could."""
+    warm = warm_train(later, WarmState.of(trained), small_training(), from_ms=NEWER_FROM_MS)
+    told = served(warm).told(warm.groups.select(slice(-50, None)))
+
+    def of_the_counts(gate: SourceGate) -> float:
+        return gate(told.facts_GF, told.speaks_GS)[:, 1:].sum(dim=1).mean().item()
+
+    assert of_the_counts(warm.gate) > 2 * of_the_counts(trained.gate)
+
+
+@pytest.mark.usefixtures("every_label")
+def test_a_few_events_since_weigh_nothing_anew(trained: Trained, later: EventLog) -> None:
+    state, config, groups = WarmState.of(trained), small_training(), label_groups(later)
+    since = groups.select(groups.time_ms_G > trained.split_ms)
+    num_events = np.cumsum(since.num_rows_G[np.argsort(since.time_ms_G, kind="stable")])
+    time_ms = np.sort(since.time_ms_G)
+    few_ms, enough_ms = (int(time_ms[np.searchsorted(num_events, many)]) for many in (90, 110))
+    assert gate_since(later, state, groups, config, until_ms=few_ms) is state.gate
+    assert gate_since(later, state, groups, config, until_ms=enough_ms) is not state.gate
+
+
+def weights_of(one: Trained) -> dict[str, torch.Tensor]:
+    gate = {f"gate.{name}": value for name, value in one.gate.state_dict().items()}
+    return one.model.state_dict() | gate
+
+
 def test_nothing_after_the_window_is_learned_from(trained: Trained, later: EventLog) -> None:
     """The log ends in one run where the window ends; what comes after it changes no weight."""
     until_ms = NEWER_FROM_MS + 50 * DAY_MS
@@ -170,7 +208,7 @@ def test_nothing_after_the_window_is_learned_from(trained: Trained, later: Event
     cut = EventLog.from_columns({name: column[known] for name, column in columns.items()})
     whole = EventLog.from_columns(columns)
     of_cut, of_whole = (
-        warm_train(one, state, config, until_ms=until_ms, from_ms=NEWER_FROM_MS).model.state_dict()
+        weights_of(warm_train(one, state, config, until_ms=until_ms, from_ms=NEWER_FROM_MS))
         for one in (cut, whole)
     )
     assert of_cut.keys() == of_whole.keys()
@@ -235,6 +273,6 @@ def test_an_empty_window_and_a_full_tree_are_refused(trained: Trained, later: Ev
     state = WarmState.of(trained)
     with pytest.raises(EmptyWindowError, match="nothing to learn from"):
         warm_train(later, state, small_training(), from_ms=END_MS)
-    crowded = dataclasses.replace(later, item_id_N=later.item_id_N + later.ordinal_N * 100_000)
+    crowded = replace(later, item_id_N=later.item_id_N + later.ordinal_N * 100_000)
     with pytest.raises(VocabularyError, match="train from the start"):
         warm_train(crowded, state, small_training())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,18 @@ def test_one_holds_it_and_the_next_gets_it_afterwards(redis_client: redis.Redis)
     second = take(redis_client, "b")
     assert second is not None
     second.release()
+
+
+def test_one_that_waits_gets_it_when_it_is_given_back(redis_client: redis.Redis) -> None:
+    first = take(redis_client, "a")
+    assert first is not None
+    releasing = threading.Timer(0.3, first.release)
+    releasing.start()
+    second = Lease.take(redis_client, KEY, owner="b", wait_s=30)
+    releasing.join()
+    assert second is not None
+    with second:
+        assert holder(redis_client, KEY) == "b"
 
 
 def test_it_lasts_as_long_as_its_holder(redis_client: redis.Redis) -> None:

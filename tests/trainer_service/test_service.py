@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -66,6 +66,13 @@ def moveline(settings: Settings, *arguments: str) -> subprocess.CompletedProcess
     )
 
 
+def answer_of(settings: Settings, *arguments: str) -> Any:  # noqa: ANN401 - whatever JSON says
+    """Return what a command that succeeds prints as JSON."""
+    done = moveline(settings, *arguments)
+    assert done.returncode == 0, done
+    return json.loads(done.stdout)
+
+
 @pytest.fixture
 def service(
     installation: Callable[..., Settings],
@@ -118,13 +125,12 @@ def test_with_nothing_to_learn_it_waits_and_says_so(
     assert metric(url, 'moveline_trainer_runs_total{state="skipped"}') == 1
     listed = moveline(settings, "trainer", "runs")
     assert "skipped" in listed.stdout, listed
-    (one,) = json.loads(moveline(settings, "trainer", "runs", "--json").stdout)
+    (one,) = answer_of(settings, "trainer", "runs", "--json")
     assert (one["state"], one["why"]) == ("skipped", "time")
     shown = moveline(settings, "trainer", "show", one["run"])
     assert "holds no event" in shown.stdout
     # A person may ask at the same time; a reason not to train is no error.
-    asked = moveline(settings, "trainer", "once", "--json")
-    assert (asked.returncode, json.loads(asked.stdout)["state"]) == (0, "skipped")
+    assert answer_of(settings, "trainer", "once", "--json")["state"] == "skipped"
     process.terminate()
     assert process.wait(START_S) == 0
 
