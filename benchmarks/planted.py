@@ -4,7 +4,7 @@ A user begins with `OLD_EVENTS` events on the items of one interest. Then come b
 drawn evenly from those that belong to no interest, more of them than recent and mid-term stream
 hold, and after these one basket of the old interest: the marked label. The same `NUM_RETURNS`
 times, so that most returns fall before the split, where a model can learn that old interests
-return. One basket in eleven is a return, and nothing before it says that it is one.
+return. Nothing before a return says that it is one.
 
 The control differs in one thing: the basket that returns is of an interest drawn anew among all
 interests, so that nobody's past says which.
@@ -33,7 +33,9 @@ OLD_BASKET: Final = 60
 # Longer than recent stream, mid-term stream and one chunk together: nothing of it is in either.
 EVENTS_BETWEEN: Final = 640
 BASKET: Final = 12
-OTHER_BASKET: Final = 80
+# As few as hold so many: a return is one basket in three of those that follow the beginning, often
+# enough to be learned in minutes.
+OTHER_BASKET: Final = 320
 NUM_RETURNS: Final = 2
 DAY_MS: Final = 86_400_000
 START_MS: Final = 1_700_000_000_000
