@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from features.redis import CatalogueStore
 from streams.chunk_cap import WAITING_CHUNKS_DEFAULT
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from features.redis import StateStore
     from streams.kafka import KafkaConfig
     from streams.topics import Topics
+
+# The embedded broker lets a member that it has given up wait for minutes, and a test machine may
+# stand still for the ten seconds after which it does. No worker here dies without leaving.
+SESSION_TIMEOUT_MS: Final = 120_000
 
 
 @dataclass
@@ -84,6 +88,7 @@ def running(
         WorkerConfig(
             instance=instance,
             batch_max=batch_max,
+            session_timeout_ms=SESSION_TIMEOUT_MS,
             lake=lake,
             waiting_chunks_max=waiting_chunks_max,
         ),
