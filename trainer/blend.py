@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trainer.baselines import Float64s, Scored, ScoredRanker
+from trainer.baselines import Float64s, Scored, ScoredRanker, seen_items
+from trainer.batches import BatchSource
 from trainer.dataset import Int64s, LabelGroups
 from trainer.streaming_evaluation import LIST_LENGTH
 from trainer.vocabulary import UNKNOWN
@@ -64,6 +65,19 @@ def blended(sources: Sequence[ScoredRanker], weight_S: Float64s) -> ScoredRanker
         return np.stack([item for item, _ in lists]), np.stack([share for _, share in lists])
 
     return rank
+
+
+def met_lowered(rank: ScoredRanker, source: BatchSource, factor: float) -> ScoredRanker:
+    """A ranking whose shares are multiplied by a factor where the user met the item."""
+
+    def lowered(groups: LabelGroups) -> Scored:
+        item_GK, share_GK = rank(groups)
+        met_GK = np.stack(
+            [np.isin(row, seen_items(source, groups, at)) for at, row in enumerate(item_GK)]
+        )
+        return item_GK, np.where(met_GK, share_GK * factor, share_GK)
+
+    return lowered
 
 
 def _summed(item_C: Int64s, share_C: Float64s) -> Scored:

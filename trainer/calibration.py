@@ -6,13 +6,15 @@ made-up events that say `UNTUNED_WEIGHTS`; from there the linear map is fitted, 
 long enough to say something about it.
 
 Likelihood wants every event named somewhere, which is not what a list of ten is for: where the
-model ranks well, it mixes in more of what is popular than ranks best. So the odds of the sources
-are then cut by the factor, out of a few, that ranks the window best.
+model ranks well, it mixes in more of what is popular than ranks best, and where it ranks badly,
+more of the model. So the odds of the sources are then multiplied with a factor, and the counts of
+items that the user met already with another, out of a few of each those that rank the window best.
 
 Legend: E events, G labels, K places of a list, W parts (the model, then the sources), F facts.
 """
 
 import copy
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -24,7 +26,7 @@ from trainer.batches import in_order
 from trainer.blend import calibrated
 from trainer.dataset import LabelGroups
 from trainer.evaluate import TOP_K
-from trainer.models.sources import UNTUNED_WEIGHTS, SourceGate, mixed
+from trainer.models.sources import UNTUNED_WEIGHTS, SourceGate
 from trainer.served import Served, Told
 
 # Labels asked about at a time.
@@ -39,7 +41,10 @@ PULL = 3.0
 NUM_ITERATIONS = 100
 # What the sources' odds against the model are tried to be multiplied with. Never 0: an item that
 # the model does not know has to be named by somebody.
-ODDS = (1.0, 0.3, 0.1, 0.03)
+ODDS = (1.0, 3.0, 10.0, 0.3, 0.1, 0.03)
+# What the counts of an item that the user met are tried to be multiplied with. Never 0: where
+# nothing else is left, it is better than nothing.
+MET_FACTORS = (1.0, 0.3, 0.1, 0.01)
 
 
 def calibrate(served: Served, groups: LabelGroups, *, by_facts: bool = True) -> SourceGate:
@@ -65,21 +70,22 @@ def calibrate(served: Served, groups: LabelGroups, *, by_facts: bool = True) -> 
     if len(group) < MIN_EVENTS:
         return gate
     item_E = torch.from_numpy(served.source.log.item_id_N[row_E])
-    return best_odds(gate, told, torch.from_numpy(group_E), item_E)
+    return best_factors(gate, told, torch.from_numpy(group_E), item_E)
 
 
-def best_odds(gate: SourceGate, told: Told, group_E: Tensor, item_E: Tensor) -> SourceGate:
-    """The gate with its sources' odds cut as far as ranks events best; arguments as `ndcg10`."""
-    tried = [with_odds(gate, odds) for odds in ODDS]
+def best_factors(gate: SourceGate, told: Told, group_E: Tensor, item_E: Tensor) -> SourceGate:
+    """The gate with the two factors that rank events best; arguments as `ndcg10`."""
+    tried = [with_factors(gate, *both) for both in itertools.product(ODDS, MET_FACTORS)]
     # Of equals the first: the likeliest.
     return max(tried, key=lambda one: ndcg10(told, one, group_E, item_E))
 
 
-def with_odds(gate: SourceGate, odds: float) -> SourceGate:
-    """The gate with the odds of every source against the model multiplied by a factor."""
+def with_factors(gate: SourceGate, odds: float, met_factor: float) -> SourceGate:
+    """The gate with the odds of every source against the model multiplied, and `met_factor` set."""
     changed = copy.deepcopy(gate)
     with torch.no_grad():
         changed.bias_W[1:] += math.log(odds)
+        changed.met_factor.fill_(met_factor)
     return changed
 
 
@@ -93,8 +99,7 @@ def ndcg10(told: Told, gate: SourceGate, group_E: Tensor, item_E: Tensor) -> flo
         item_E: What came, as raw ids.
     """
     with torch.inference_mode():
-        weight_GW = gate(told.facts_GF, told.speaks_GS)
-        item_GK = mixed(*told[:4], weight_GW).item_BK[:, :TOP_K]
+        item_GK = told.mixed_by(gate).item_BK[:, :TOP_K]
     discount_K = (torch.arange(item_GK.shape[1]) + 2.0).log2().reciprocal()
     return float(((item_GK[group_E] == item_E.unsqueeze(1)) * discount_K).sum(dim=1).mean())
 
@@ -139,6 +144,7 @@ def described(gate: SourceGate, names: Sequence[str]) -> dict[str, object]:
     weights = [round(one, 4) for one in gate.bias_W.detach().softmax(dim=0).tolist()]
     return {
         "weights_at_mean": dict(zip(names, weights, strict=True)),
+        "met_factor": round(gate.met_factor.item(), 4),
         "bias": gate.bias_W.tolist(),
         "weight": gate.weight_WF.tolist(),
         "centre": gate.centre_F.tolist(),

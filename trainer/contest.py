@@ -21,6 +21,7 @@ from features.sources import HOUR_MS
 from trainer.baselines import (
     DECAY,
     DECAY_WINDOW,
+    Float64s,
     ScoredRanker,
     co_occurrence,
     lists_of,
@@ -30,8 +31,8 @@ from trainer.baselines import (
     recent_popularity,
 )
 from trainer.batches import NUM_TARGETS, Batch, BatchSource, LabelExamples, in_order
-from trainer.blend import blended, calibrated, target_shares
-from trainer.calibration import calibrate
+from trainer.blend import blended, calibrated, met_lowered, target_shares
+from trainer.calibration import MET_FACTORS, calibrate
 from trainer.copy_first import learn_to_copy
 from trainer.counted import LiveSources
 from trainer.dataset import LabelGroups, newest
@@ -217,9 +218,31 @@ class Contest:
             scored = np.concatenate(items), np.concatenate(shares)
             share_SE.append(target_shares(scored, targets.group_E, targets.item_E))
         weight_S = calibrated(np.stack(share_SE, axis=1))
-        rank = blended(sources, weight_S)
+        rank = self._best_lowered(dict(zip(names, sources, strict=True)), weight_S)
         weights = {name: round(float(one), 4) for name, one in zip(names, weight_S, strict=True)}
         return Entry(lists_of(rank), rank, weights=weights)
+
+    def _best_lowered(self, sources: dict[str, ScoredRanker], weight_S: Float64s) -> ScoredRanker:
+        """The blend that ranks the tuning window best, out of a few factors for what was met.
+
+        As in the mixture that is served: what is counted of all users is lowered where the user met
+        the item, what is counted of the user alone is not.
+        """
+        targets = Targets.of(self.source, self.task.tune)
+        parts = list(in_order(self.task.tune, size=BATCH_GROUPS))
+
+        def with_factor(factor: float) -> ScoredRanker:
+            changed = [
+                one if name.startswith("own_") else met_lowered(one, self.source, factor)
+                for name, one in sources.items()
+            ]
+            return blended(changed, weight_S)
+
+        def ndcg10(rank: ScoredRanker) -> float:
+            ranked_GK = np.concatenate([rank(part)[0] for part in parts])
+            return float(gains(places(targets, ranked_GK), cut=10).mean())
+
+        return max((with_factor(factor) for factor in MET_FACTORS), key=ndcg10)
 
     def _served(self, rival: Rival) -> Entry:
         """Put the live sources beside a model that is trained once for all who serve it."""

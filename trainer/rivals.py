@@ -77,14 +77,14 @@ RIVALS: dict[str, Rival] = {
         base="by_facts",
         note="as served: the model and the live sources",
         sources=("gems_no_sources", *SOURCES),
-        definition=3,
+        definition=4,
     ),
     "gems_constant_weights": Rival(
         kind="served",
         base="constant",
         note="as served, the weights of model and sources constant",
         sources=("gems_no_sources", *SOURCES),
-        definition=3,
+        definition=4,
     ),
     "gems_no_sources": Rival(
         kind="gems", base="gems", note="the model alone: no live sources", definition=2
@@ -141,7 +141,7 @@ RIVALS: dict[str, Rival] = {
         base="blend",
         note="live counts alone, own items among them, constant weights",
         sources=COUNTED,
-        definition=2,
+        definition=3,
     ),
 }
 

@@ -18,7 +18,7 @@ from trainer.counted import LiveSources
 from trainer.dataset import Int64s, LabelGroups
 from trainer.models.beam import BEAM_WIDTH, K_MAX, generate
 from trainer.models.gems import Gems
-from trainer.models.sources import SourceGate, facts, mixed, probabilities
+from trainer.models.sources import Mixed, SourceGate, facts, is_in, mixed, probabilities
 from trainer.rankers import reading_of
 from trainer.vocabulary import UNKNOWN, Vocabulary
 
@@ -31,6 +31,7 @@ class Told(NamedTuple):
         share_GK: Its probabilities.
         counted_item_GSK: The sources' lists, without what must not be returned.
         counted_share_GSK: Their shares.
+        met_GSK: Whether the user met the item, in the recent or the mid-term stream.
         facts_GF: What the gate looks at.
     """
 
@@ -38,6 +39,7 @@ class Told(NamedTuple):
     share_GK: Tensor
     counted_item_GSK: Tensor
     counted_share_GSK: Tensor
+    met_GSK: Tensor
     facts_GF: Tensor
 
     @property
@@ -56,6 +58,16 @@ class Told(NamedTuple):
             for item, share in [*lists, *pairs]
         ]
         return torch.stack(found, dim=1)
+
+    def mixed_by(self, gate: SourceGate) -> Mixed:
+        """The mixture under a gate."""
+        return mixed(
+            self.item_GK,
+            self.share_GK,
+            self.counted_item_GSK,
+            gate.lowered(self.counted_share_GSK, self.met_GSK),
+            gate(self.facts_GF, self.speaks_GS),
+        )
 
     @classmethod
     def joined(cls, parts: list[Self]) -> Self:
@@ -82,6 +94,8 @@ class Served:
         """Ask all parts about labels."""
         counted = self.live.at(groups)
         counted_item = torch.from_numpy(counted.item_BSK)
+        streams_GN = torch.from_numpy(self._streams(groups))
+        met_GSK = is_in(counted_item.flatten(1), streams_GN).view_as(counted_item)
         allowed_GI = torch.ones(len(groups), self.vocabulary.num_items + 1, dtype=torch.bool)
         allowed_GI[:, UNKNOWN] = False
         for number in range(0 if self.repeats else len(groups)):
@@ -99,19 +113,23 @@ class Served:
             history_G = torch.from_numpy(self.source.history_lengths(groups))
             facts_GF = facts(history_G, share_GK[:, 0], reading.copy_weight_B, share_GSK)
         ids = torch.from_numpy(np.concatenate(([PADDING], self.vocabulary.item_ids_V)))
-        return Told(ids[item_GK], share_GK, counted_item, share_GSK, facts_GF)
+        return Told(ids[item_GK], share_GK, counted_item, share_GSK, met_GSK, facts_GF)
 
     def ranker(self, gate: SourceGate, catalogue: Vocabulary) -> ScoredRanker:
         """Rank as it is served; lists name items by their dense index in a catalogue."""
 
         def rank(groups: LabelGroups) -> Scored:
-            told = self.told(groups)
             with torch.inference_mode():
-                found = mixed(*told[:4], gate(told.facts_GF, told.speaks_GS))
+                found = self.told(groups).mixed_by(gate)
             item_GK = catalogue.index_items(found.item_BK.numpy())
             return item_GK, found.share_BK.double().numpy()
 
         return rank
+
+    def _streams(self, groups: LabelGroups) -> Int64s:
+        """Raw ids of both streams at each label, PADDING where there is no event [G, N]."""
+        rows, known = self.source.history_rows(groups)
+        return np.where(known, self.source.log.item_id_N[rows], PADDING)
 
     def _met(self, groups: LabelGroups, number: int) -> Int64s:
         """Every item the user of one label had met before it."""

@@ -33,7 +33,7 @@ Float64s = NDArray[np.float64]
 
 STATE_FILE: Final = "training.safetensors"
 # Raised when an older file can no longer be gone on from.
-STATE_VERSION: Final = 1
+STATE_VERSION: Final = 2
 # Tables beside the weights: one row an item, or a domain.
 _TABLES: Final = ("item_ids", "domain_ids", "counts", "domains")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from features.sources import NUM_COUNTED, SOURCES
 from trainer.baselines import lists_of
 from trainer.batches import PADDING
-from trainer.calibration import MIN_EVENTS, best_odds, fitted_gate, ndcg10
+from trainer.calibration import MIN_EVENTS, best_factors, fitted_gate, ndcg10
 from trainer.counted import LiveSources
 from trainer.export import MODEL_FILE, Provenance, example_inputs, export, serving_of, verify
 from trainer.item_vectors import usual_domains
@@ -205,6 +205,10 @@ def test_evaluation_is_what_is_served(trained: Trained) -> None:
     # Events of this log are days apart: popularity has to look back for some.
     one = replace(served(trained), live=LiveSources.of(log, half_life_h=48))
     gate = SourceGate.constant([0.4, 0.3, 0.3])
+    gate.met_factor.fill_(0.1)
+    told = one.told(groups)
+    assert (told.met_GSK & (told.counted_share_GSK > 0)).any(), "counted, and met"
+    assert (~told.met_GSK & (told.counted_share_GSK > 0)).any(), "counted, and not met"
     catalogue = Vocabulary.of(log, split_ms=int(log.event_time_ms_N.max()))
     judged = lists_of(one.ranker(gate, catalogue))(groups)
     serving = GemsServing(trained.model, trained.vocabulary, gate=gate).eval()
@@ -272,15 +276,40 @@ def test_sources_that_rank_worse_lose_their_odds(*, is_popular: bool, kept: bool
         torch.linspace(0.07, 0.01, 10).repeat(num_labels, 1),
         counted_item,
         counted_share,
+        torch.zeros_like(counted_item, dtype=torch.bool),
         torch.zeros(num_labels, len(FACTS)),
     )
     gate = SourceGate.constant([0.5, 0.4, 0.1])
     came = torch.full((num_labels,), 100 if is_popular else 0)
-    best = best_odds(gate, told, torch.arange(num_labels), came)
+    best = best_factors(gate, told, torch.arange(num_labels), came)
     assert torch.equal(best.bias_W, gate.bias_W) == kept
     assert (best.bias_W[0] == gate.bias_W[0]).item()
     assert torch.isfinite(best.bias_W).all(), "a new item can still be named"
     assert ndcg10(told, best, torch.arange(num_labels), came) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("comes_back", [False, True])
+def test_counts_of_what_was_met_are_lowered_where_nobody_comes_back(*, comes_back: bool) -> None:
+    """Popularity names ten items, the model others; the first nine of the ten are met already."""
+    num_labels = 50
+    counted_item = torch.full((num_labels, 2, 10), PADDING)
+    counted_item[:, 0] = 100 + torch.arange(10)
+    counted_share = torch.zeros(num_labels, 2, 10)
+    counted_share[:, 0] = torch.linspace(0.1, 0.01, 10)
+    told = Told(
+        torch.arange(10).repeat(num_labels, 1),
+        torch.full((num_labels, 10), 1e-4),
+        counted_item,
+        counted_share,
+        (counted_item > PADDING) & (counted_item < 109),
+        torch.zeros(num_labels, len(FACTS)),
+    )
+    gate = SourceGate.constant([0.1, 0.8, 0.1])
+    came = torch.full((num_labels,), 100 if comes_back else 109)
+    best = best_factors(gate, told, torch.arange(num_labels), came)
+    assert (best.met_factor.item() == 1.0) == comes_back
+    assert ndcg10(told, best, torch.arange(num_labels), came) == pytest.approx(1.0)
+    assert (told.mixed_by(best).item_BK[0] == 100).any(), "what was met can still be named"
 
 
 def test_training_weighs_the_sources(trained: Trained) -> None:

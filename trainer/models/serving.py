@@ -22,6 +22,7 @@ from trainer.models.sources import (
     SourceGate,
     contributions,
     facts,
+    is_in,
     mixed,
     probabilities,
 )
@@ -193,11 +194,12 @@ class GemsServing(nn.Module):
         barred_BC = self._barred(
             counted_item, counted_domain, allowed_BI, (exclude_item, candidate_item), in_domain
         )
+        met_BC = is_in(counted_item.flatten(1), torch.cat((mid_item, recent_item), dim=1))
         found = mixed(
             functional.pad(self.item_ids_V, (1, 0), value=PADDING)[item],
             share_BK,
             counted_item.masked_fill(barred_BC.view_as(counted_item), PADDING),
-            counted_share,
+            self.gate.lowered(counted_share, met_BC.view_as(counted_item)),
             self.gate(facts_BF, (counted_share > 0).any(dim=2)),
         )
         shares = contributions(reading.contribution_B3, found.mass_BW)
@@ -251,8 +253,8 @@ class GemsServing(nn.Module):
         exclude_BX, candidate_BX = named
         domain_BC = domain_BS.repeat_interleave(counted_BSK.shape[2], dim=1)
         new_is_allowed_BC = (
-            ~_is_in(counted_BC, exclude_BX)
-            & (_is_in(counted_BC, candidate_BX) | _names_none(candidate_BX))
+            ~is_in(counted_BC, exclude_BX)
+            & (is_in(counted_BC, candidate_BX) | _names_none(candidate_BX))
             & ((in_domain_B1 == ANY_DOMAIN) | (domain_BC == in_domain_B1))
         )
         return ~torch.where(index_BC > 0, allowed_BI.gather(1, index_BC), new_is_allowed_BC)
@@ -261,10 +263,3 @@ class GemsServing(nn.Module):
 def _names_none(item_BX: Tensor) -> Tensor:
     """Whether a request names no item there [B, 1]."""
     return (item_BX == PADDING).all(dim=1, keepdim=True)
-
-
-def _is_in(item_BC: Tensor, item_BX: Tensor) -> Tensor:
-    """Whether each item is one of the others of its user [B, C]."""
-    sorted_BX = item_BX.sort(dim=1)[0]
-    place_BC = torch.searchsorted(sorted_BX, item_BC).clamp(max=item_BX.shape[1] - 1)
-    return sorted_BX.gather(1, place_BC) == item_BC

@@ -4,9 +4,12 @@ Not in the paper. Weights are frozen while the world goes on: on news most of wh
 does not exist today. Counts of the last hours know it at once. The share of an item is the weighted
 sum of the shares that the model and the sources give it; the weights are a softmax of a linear map
 of a few facts about the request, none of them a clock. A source that says nothing has no weight.
+Counts are of all users: of an item that this user met already they say too much where people do
+not come back to things, so that its counted share is lowered by a factor of the gate. The model
+needs no such factor: it reads the same events.
 
 Legend: B users, W = 1 + S parts (the model, then S sources), K places of a list, F facts,
-C = K + S * K places of all lists together.
+C = K + S * K places of all lists together, X other items.
 """
 
 import math
@@ -64,9 +67,11 @@ class SourceGate(nn.Module):
 
     centre_F: Tensor
     spread_F: Tensor
+    met_factor: Tensor
 
     def __init__(self) -> None:
         super().__init__()
+        self.register_buffer("met_factor", torch.tensor(1.0))
         self.register_buffer("centre_F", torch.zeros(len(FACTS)))
         self.register_buffer("spread_F", torch.ones(len(FACTS)))
         self.weight_WF = nn.Parameter(torch.zeros(1 + NUM_SOURCES, len(FACTS)))
@@ -91,6 +96,17 @@ class SourceGate(nn.Module):
         logit_BW = known_BF @ self.weight_WF.T + self.bias_W
         speaks_BW = functional.pad(speaks_BS, (1, 0), value=True)
         return logit_BW.masked_fill(~speaks_BW, -math.inf).softmax(dim=1)
+
+    def lowered(self, share_BSK: Tensor, met_BSK: Tensor) -> Tensor:
+        """The sources' shares, times `met_factor` where the user met the item."""
+        return torch.where(met_BSK, share_BSK * self.met_factor, share_BSK)
+
+
+def is_in(item_BC: Tensor, item_BX: Tensor) -> Tensor:
+    """Whether each item is one of the others of its user [B, C]."""
+    sorted_BX = item_BX.sort(dim=1)[0]
+    place_BC = torch.searchsorted(sorted_BX, item_BC).clamp(max=item_BX.shape[1] - 1)
+    return sorted_BX.gather(1, place_BC) == item_BC
 
 
 def mixed(
