@@ -23,12 +23,15 @@ from benchmarks.quality_figures import (
     long_history_gain,
     outcomes,
 )
+from trainer.rivals import RIVALS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from trainer.streaming_evaluation import Figures
 
+# The model without the live sources, which its ablations are compared with.
+WHOLE: Final = "gems_no_sources"
 PAGES: Final = Path("docs/results")
 # Models whose bands are drawn, where they are there.
 DRAWN: Final = (SERVED, "gems_plain", "hstu", "sasrec", "own_frequency", "recent_popularity")
@@ -60,7 +63,8 @@ def page(folder: Path, set_name: str, protocol: str) -> str:
         + _band_table(found, "by_history"),
         "## By age of the interest\n\nNDCG@10, by how many events ago the user last met the item."
         "\n\n" + _band_table(found, "by_age"),
-        "## Where the served model stands\n\n" + _differences(found),
+        "## Where the served model stands\n\n" + _stands(found),
+        "## What each part of the model is worth\n\n" + _ablations(found),
         "## Training\n\n" + _training(found) + _weights(found),
     ]
     return "\n\n".join(parts) + "\n"
@@ -129,15 +133,10 @@ def _band_table(found: dict[str, Outcome], kind: str) -> str:
     return _table(heads, rows)
 
 
-def _differences(found: dict[str, Outcome]) -> str:
+def _stands(found: dict[str, Outcome]) -> str:
     if SERVED not in found:
         return f"`{SERVED}` has no result yet."
-    rows = []
-    for name, other in found.items():
-        if name != SERVED:
-            gap = difference(found[SERVED], other)
-            interval = f"{gap.low:+.4f} to {gap.high:+.4f}"
-            rows.append([name, f"{gap.mean:+.4f}", interval, "yes" if gap.is_certain else "no"])
+    others = {name: one for name, one in found.items() if name != SERVED}
     gain = long_history_gain(found)
     told = (
         ""
@@ -147,8 +146,41 @@ def _differences(found: dict[str, Outcome]) -> str:
             f"of one 64-event stream: {gain:+.1%}."
         )
     )
-    heads = [f"{SERVED} less", "NDCG@10", "95% interval, users drawn anew", "certain"]
-    return _table(heads, rows) + told
+    return _differences(SERVED, found[SERVED], others) + told
+
+
+def _ablations(found: dict[str, Outcome]) -> str:
+    """The whole model, live sources apart, less each of its ablations."""
+    others = {
+        name: one for name, one in found.items() if name != WHOLE and RIVALS[name].kind == "gems"
+    }
+    if WHOLE not in found or not others:
+        return f"`{WHOLE}` or its ablations have no result yet."
+    return _differences(WHOLE, found[WHOLE], others)
+
+
+def _differences(name: str, one: Outcome, others: dict[str, Outcome]) -> str:
+    rows = []
+    for other_name, other in others.items():
+        gap = difference(one, other)
+        recall, other_recall = one.live()["recall10"], other.live()["recall10"]
+        rows.append(
+            [
+                other_name,
+                f"{gap.mean:+.4f}",
+                f"{gap.low:+.4f} to {gap.high:+.4f}",
+                "yes" if gap.is_certain else "no",
+                f"{recall / other_recall:.2f}" if other_recall else "",
+            ]
+        )
+    heads = [
+        f"{name} less",
+        "NDCG@10",
+        "95% interval, users drawn anew",
+        "certain",
+        "Recall@10, times",
+    ]
+    return _table(heads, rows)
 
 
 def _training(found: dict[str, Outcome]) -> str:
