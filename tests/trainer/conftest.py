@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,12 +10,21 @@ import torch
 from numpy.typing import NDArray
 
 from trainer.dataset import EventLog
+from trainer.export import Provenance, export
 from trainer.loop import LoopConfig
 from trainer.models.gems import GemsConfig
 from trainer.train import TrainConfig, Trained, train
 
 Columns = dict[str, NDArray[np.generic]]
 DAY_MS = 86_400_000
+PROVENANCE = Provenance(
+    name="gems",
+    created_ms=1_700_000_000_000,
+    window_from={"0": 0, "1": 0},
+    window_to={"0": 120, "1": 99},
+    feature_schema_hash="f" * 64,
+    metrics={"hr10_model": 0.5},
+)
 
 
 def made_up_columns(
@@ -82,6 +92,14 @@ def log() -> EventLog:
 @pytest.fixture(scope="session")
 def trained(log: EventLog) -> Trained:
     return train(log, small_training(epochs=3.0))
+
+
+@pytest.fixture(scope="session")
+def exported(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package of `trained`, to be read only: exporting takes many seconds."""
+    folder = tmp_path_factory.mktemp("exported") / "1"
+    export(trained, folder, PROVENANCE)
+    return folder
 
 
 @pytest.fixture(scope="session")

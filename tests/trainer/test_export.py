@@ -12,13 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.trainer.conftest import small_model, small_training
+from tests.trainer.conftest import PROVENANCE, small_model, small_training
 from trainer.dataset import EventLog, LabelGroups
 from trainer.errors import ExportError
 from trainer.export import (
     ITEM_IDS_FILE,
     MODEL_FILE,
-    Provenance,
     example_inputs,
     export,
     faster_mid_attention,
@@ -30,14 +29,6 @@ from trainer.models.config import GemsConfig
 from trainer.models.serving import K_MAX, PADDING, GemsServing, input_signature
 from trainer.train import Trained, train
 
-PROVENANCE = Provenance(
-    name="gems",
-    created_ms=1_700_000_000_000,
-    window_from={"0": 0, "1": 0},
-    window_to={"0": 120, "1": 99},
-    feature_schema_hash="f" * 64,
-    metrics={"hr10_model": 0.5},
-)
 NAMES = [spec.name for spec in input_signature(GemsConfig(), num_items=1)]
 # Loads a package with torch alone and answers the tensors it finds beside it.
 FOREIGN = """
@@ -47,13 +38,6 @@ assert not [name for name in sys.modules if name.split(".")[0] == "trainer"]
 inputs = torch.load(sys.argv[2], weights_only=True)
 torch.save(model(*inputs), sys.argv[3])
 """
-
-
-@pytest.fixture(scope="module")
-def directory(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("staging") / "1"
-    export(trained, path, PROVENANCE)
-    return path
 
 
 def _raw_inputs(trained: Trained, groups: LabelGroups) -> tuple[Tensor, ...]:
@@ -79,9 +63,9 @@ def _groups(trained: Trained, count: int) -> LabelGroups:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7])
-def test_package_equals_eager(directory: Path, trained: Trained, batch: int) -> None:
+def test_package_equals_eager(exported: Path, trained: Trained, batch: int) -> None:
     inputs = _raw_inputs(trained, _groups(trained, batch))
-    loaded = torch.export.load(directory / MODEL_FILE).module()
+    loaded = torch.export.load(exported / MODEL_FILE).module()
     with torch.no_grad():
         expected = serving_of(trained)(*inputs)
         actual = loaded(*inputs)
@@ -91,13 +75,13 @@ def test_package_equals_eager(directory: Path, trained: Trained, batch: int) -> 
 
 
 def test_a_thousand_users_get_the_items_of_the_trained_model(
-    directory: Path, trained: Trained
+    exported: Path, trained: Trained
 ) -> None:
     """Random states and streams, some longer than trained for; scores to 1e-3 relative."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.from_numpy(trained.vocabulary.item_ids_V)
     serving = serving_of(trained)
-    loaded = torch.export.load(directory / MODEL_FILE).module()
+    loaded = torch.export.load(exported / MODEL_FILE).module()
     for number in range(20):
         inputs = list(example_inputs(serving, batch=50))
         longer = trained.source.num_mid + number
@@ -136,11 +120,11 @@ def test_the_exporter_serves_what_it_measured_as_faster(
 
 
 def test_a_process_without_the_project_can_run_it(
-    directory: Path, trained: Trained, tmp_path: Path
+    exported: Path, trained: Trained, tmp_path: Path
 ) -> None:
     inputs = _raw_inputs(trained, _groups(trained, 3))
     torch.save(inputs, tmp_path / "inputs")
-    arguments = (str(directory / MODEL_FILE), str(tmp_path / "inputs"), str(tmp_path / "outputs"))
+    arguments = (str(exported / MODEL_FILE), str(tmp_path / "inputs"), str(tmp_path / "outputs"))
     subprocess.run([sys.executable, "-I", "-c", FOREIGN, *arguments], check=True, cwd=tmp_path)
     item_id, score, contribution = torch.load(tmp_path / "outputs", weights_only=True)
     assert item_id.shape == score.shape == (3, K_MAX)
@@ -149,13 +133,13 @@ def test_a_process_without_the_project_can_run_it(
     assert set(item_id.flatten().tolist()) <= known | {PADDING}
 
 
-def test_withdrawn_and_excluded_items_stay_away(directory: Path, trained: Trained) -> None:
+def test_withdrawn_and_excluded_items_stay_away(exported: Path, trained: Trained) -> None:
     inputs = list(_raw_inputs(trained, _groups(trained, 2)))
     ids = trained.vocabulary.item_ids_V
     available = torch.from_numpy(np.arange(len(ids)) % 2 == 0)
     inputs[NAMES.index("available")] = available
     inputs[NAMES.index("exclude_item")][0, :3] = torch.from_numpy(ids[[0, 2, 4]])
-    loaded = torch.export.load(directory / MODEL_FILE).module()
+    loaded = torch.export.load(exported / MODEL_FILE).module()
     item_id, score, _ = loaded(*inputs)
     withdrawn = set(ids[1::2].tolist())
     first, second = (set(row.tolist()) - {PADDING} for row in item_id)
@@ -165,9 +149,9 @@ def test_withdrawn_and_excluded_items_stay_away(directory: Path, trained: Traine
     assert torch.isneginf(score[item_id == PADDING]).all()
 
 
-def test_no_pickle_inside(directory: Path) -> None:
-    assert pickles_in(directory / MODEL_FILE) == []
-    with zipfile.ZipFile(directory / MODEL_FILE) as archive:
+def test_no_pickle_inside(exported: Path) -> None:
+    assert pickles_in(exported / MODEL_FILE) == []
+    with zipfile.ZipFile(exported / MODEL_FILE) as archive:
         names = archive.namelist()
         assert not [name for name in names if name.endswith((".pkl", ".pickle"))]
         assert archive.read(next(n for n in names if n.endswith("sample_inputs/model.pt"))) == b""
@@ -188,9 +172,9 @@ def test_a_planted_pickle_is_found(tmp_path: Path) -> None:
     assert pickles_in(tmp_path / "outer") == ["m/data/sample_inputs/model.pt", "m/extra"]
 
 
-def test_manifest_says_what_was_exported(directory: Path, trained: Trained) -> None:
-    manifest = verify(directory)
-    ids = np.frombuffer((directory / ITEM_IDS_FILE).read_bytes(), "<i8")
+def test_manifest_says_what_was_exported(exported: Path, trained: Trained) -> None:
+    manifest = verify(exported)
+    ids = np.frombuffer((exported / ITEM_IDS_FILE).read_bytes(), "<i8")
     assert ids.tolist() == trained.vocabulary.item_ids_V.tolist()
     assert manifest["num_items"] == len(ids)
     assert manifest["window_to"] == {"0": 120, "1": 99}
@@ -205,13 +189,13 @@ def test_manifest_says_what_was_exported(directory: Path, trained: Trained) -> N
     }
 
 
-def test_a_changed_file_is_noticed(directory: Path, tmp_path: Path) -> None:
-    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+def test_a_changed_file_is_noticed(exported: Path, tmp_path: Path) -> None:
+    shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
     (tmp_path / ITEM_IDS_FILE).write_bytes(b"12345678")
     with pytest.raises(ExportError, match=ITEM_IDS_FILE):
         verify(tmp_path)
 
 
-def test_a_used_staging_directory_is_refused(directory: Path, trained: Trained) -> None:
+def test_a_used_staging_directory_is_refused(exported: Path, trained: Trained) -> None:
     with pytest.raises(ExportError, match="not empty"):
-        export(trained, directory, PROVENANCE)
+        export(trained, exported, PROVENANCE)

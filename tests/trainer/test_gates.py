@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.trainer.conftest import PROVENANCE
 from trainer.baselines import own_frequency, popularity
 from trainer.errors import (
     BadNumbersError,
@@ -20,7 +21,6 @@ from trainer.errors import (
     WorseThanServedError,
 )
 from trainer.evaluate import held_out_groups, judge
-from trainer.export import Provenance, export
 from trainer.gates import (
     OWN_FREQUENCY,
     POPULARITY,
@@ -36,26 +36,8 @@ from trainer.package import Package
 from trainer.streaming_evaluation import PerUser
 from trainer.train import Trained
 
-SCHEMA = "f" * 16
+SCHEMA = PROVENANCE.feature_schema_hash
 NUM_USERS = 50
-
-
-@pytest.fixture(scope="module")
-def folder(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("gates") / "package"
-    export(
-        trained,
-        made,
-        Provenance(
-            name="gems",
-            created_ms=1,
-            window_from={},
-            window_to={},
-            feature_schema_hash=SCHEMA,
-            metrics={},
-        ),
-    )
-    return made
 
 
 def quality(ndcg10: float, *, spread: float = 0.0) -> Quality:
@@ -66,9 +48,9 @@ def quality(ndcg10: float, *, spread: float = 0.0) -> Quality:
 
 
 @pytest.fixture(scope="module")
-def package(folder: Path) -> Package:
+def package(exported: Path) -> Package:
     """Loaded once: it takes seconds."""
-    return Package.load(folder)
+    return Package.load(exported)
 
 
 @pytest.fixture

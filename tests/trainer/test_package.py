@@ -6,23 +6,13 @@ import numpy as np
 
 from trainer.baselines import lists_of
 from trainer.evaluate import TOP_K, held_out_groups
-from trainer.export import Provenance, export
 from trainer.package import Package
 from trainer.train import Trained, served
 from trainer.vocabulary import Vocabulary
 
 
-def test_a_package_ranks_as_its_model(trained: Trained, tmp_path: Path) -> None:
-    provenance = Provenance(
-        name="gems",
-        created_ms=1,
-        window_from={"0": 0},
-        window_to={"0": 1},
-        feature_schema_hash="0" * 16,
-        metrics={},
-    )
-    export(trained, tmp_path / "1", provenance)
-    package = Package.load(tmp_path / "1")
+def test_a_package_ranks_as_its_model(trained: Trained, exported: Path) -> None:
+    package = Package.load(exported)
     log = trained.source.log
     source = package.source(log)
     catalogue = Vocabulary.of(log, split_ms=int(log.event_time_ms_N.max()))

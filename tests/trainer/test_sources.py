@@ -13,7 +13,7 @@ from trainer.baselines import lists_of
 from trainer.batches import PADDING
 from trainer.calibration import MIN_EVENTS, best_factors, fitted_gate, ndcg10
 from trainer.counted import LiveSources
-from trainer.export import MODEL_FILE, Provenance, example_inputs, export, serving_of, verify
+from trainer.export import MODEL_FILE, example_inputs, serving_of, verify
 from trainer.item_vectors import usual_domains
 from trainer.models.config import GemsConfig
 from trainer.models.serving import GemsServing, input_signature
@@ -33,14 +33,6 @@ from trainer.vocabulary import Vocabulary
 NAMES = [spec.name for spec in input_signature(GemsConfig(), num_items=1)]
 # In no vocabulary of the tests.
 NEW = 10**15
-PROVENANCE = Provenance(
-    name="gems",
-    created_ms=1,
-    window_from={"0": 0},
-    window_to={"0": 1},
-    feature_schema_hash="0" * 16,
-    metrics={},
-)
 Inputs = dict[str, Tensor]
 
 
@@ -176,11 +168,10 @@ def test_a_usual_domain_is_the_most_frequent(trained: Trained) -> None:
 
 @pytest.mark.parametrize("users", [1, 3])
 def test_the_package_is_the_graph_with_all_inputs(
-    trained: Trained, tmp_path: Path, users: int
+    trained: Trained, exported: Path, users: int
 ) -> None:
     """Candidates, a domain, exclusions and sources, each of one user."""
-    export(trained, tmp_path / "1", PROVENANCE)
-    loaded = torch.export.load(tmp_path / "1" / MODEL_FILE).module()
+    loaded = torch.export.load(exported / MODEL_FILE).module()
     eager = serving_of(trained)
     inputs = inputs_of(eager, users=users)
     inputs["candidate_item"][0, :9] = eager.item_ids_V[:9]
@@ -192,7 +183,7 @@ def test_the_package_is_the_graph_with_all_inputs(
     assert torch.equal(got[0], wanted[0])
     torch.testing.assert_close(got[1], wanted[1], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(got[2], wanted[2], atol=1e-5, rtol=1e-5)
-    said = verify(tmp_path / "1")["sources"]
+    said = verify(exported)["sources"]
     assert said["names"] == list(SOURCES)
     assert said["half_life_h"] == trained.config.half_life_h
     assert set(said["weights_at_mean"]) == {"model", *SOURCES}

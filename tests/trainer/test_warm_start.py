@@ -1,5 +1,6 @@
 """A training that goes on: what stays, what joins, and that it does no harm."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.trainer.conftest import DAY_MS, small_model, small_training
+from tests.trainer.conftest import DAY_MS, PROVENANCE, small_model, small_training
 from tests.trainer.newer import END_MS, NEWER_FROM_MS, newer_log
 from trainer.baselines import lists_of
 from trainer.dataset import EventLog, label_groups
 from trainer.errors import EmptyWindowError, ExportError, VocabularyError, WarmStartError
 from trainer.evaluate import held_out_groups, judge, model_ranker
-from trainer.export import Provenance, export, verify
+from trainer.export import export, verify
 from trainer.loop import Outputs
 from trainer.models.gems import Gems
 from trainer.models.lifelong import memory_version
@@ -22,23 +23,8 @@ from trainer.package import Package
 from trainer.train import TrainConfig, Trained, served, train
 from trainer.warm_start import STATE_FILE, WarmState, gate_since, load_state, warm_train
 
-PROVENANCE = Provenance(
-    name="gems",
-    created_ms=1,
-    window_from={},
-    window_to={},
-    feature_schema_hash="0" * 16,
-    metrics={},
-)
 # What going on may cost on the same data: one more short run from other draws.
 MARGIN = 0.02
-
-
-@pytest.fixture(scope="module")
-def package(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "base"
-    export(trained, folder, PROVENANCE)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +33,16 @@ def later() -> EventLog:
 
 
 @pytest.fixture(scope="module")
-def warm(package: Path, later: EventLog) -> Trained:
+def warm(exported: Path, later: EventLog) -> Trained:
     """One that went on from the package on what came after its training."""
-    return warm_train(later, load_state(package), small_training(), from_ms=NEWER_FROM_MS)
+    return warm_train(later, load_state(exported), small_training(), from_ms=NEWER_FROM_MS)
+
+
+@pytest.fixture(scope="module")
+def warm_package(warm: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("warm") / "2"
+    export(warm, folder, PROVENANCE)
+    return folder
 
 
 def _memory_version(model: Gems) -> str:
@@ -57,8 +50,8 @@ def _memory_version(model: Gems) -> str:
     return memory_version(model.compressor)
 
 
-def test_a_package_gives_back_what_was_trained(trained: Trained, package: Path) -> None:
-    state = load_state(package)
+def test_a_package_gives_back_what_was_trained(trained: Trained, exported: Path) -> None:
+    state = load_state(exported)
     assert state.config == trained.config
     assert state.split_ms == trained.split_ms
     assert state.vocabulary.item_ids_V.tolist() == trained.vocabulary.item_ids_V.tolist()
@@ -89,15 +82,14 @@ def test_the_model_it_goes_on_from_stays_as_it_is(trained: Trained, later: Event
 
 
 def test_new_items_are_unknown_before_and_answered_after(
-    trained: Trained, warm: Trained, package: Path, later: EventLog, tmp_path: Path
+    trained: Trained, warm: Trained, exported: Path, warm_package: Path, later: EventLog
 ) -> None:
-    export(warm, tmp_path / "warm", PROVENANCE)
-    manifest = verify(tmp_path / "warm")
-    assert manifest["memory_version"] == verify(package)["memory_version"]
+    manifest = verify(warm_package)
+    assert manifest["memory_version"] == verify(exported)["memory_version"]
     new_ids = np.setdiff1d(warm.vocabulary.item_ids_V, trained.vocabulary.item_ids_V)
     groups = warm.groups.select(warm.groups.time_ms_G > warm.split_ms).select(slice(64))
     answered = {}
-    for name, folder in (("base", package), ("warm", tmp_path / "warm")):
+    for name, folder in (("base", exported), ("warm", warm_package)):
         loaded = Package.load(folder)
         ranked = loaded.ranker(loaded.source(later))(groups)[:, :10]
         answered[name] = loaded.item_ids_V[ranked[ranked > 0] - 1]
@@ -106,10 +98,9 @@ def test_new_items_are_unknown_before_and_answered_after(
 
 
 def test_the_package_of_a_warm_model_answers_as_the_model_does(
-    warm: Trained, later: EventLog, tmp_path: Path
+    warm: Trained, later: EventLog, warm_package: Path
 ) -> None:
-    export(warm, tmp_path / "warm", PROVENANCE)
-    loaded = Package.load(tmp_path / "warm")
+    loaded = Package.load(warm_package)
     groups = warm.groups.select(slice(0, 400, 10))
     by_model = lists_of(served(warm).ranker(warm.gate, warm.vocabulary))(groups)
     by_package = loaded.ranker(loaded.source(later), warm.vocabulary)(groups)
@@ -237,9 +228,9 @@ def test_a_killed_warm_run_goes_on(trained: Trained, later: EventLog, tmp_path: 
 
 @pytest.mark.parametrize("damage", ["absent", "other bytes", "cut short", "unnamed"])
 def test_a_package_without_its_state_is_refused(
-    trained: Trained, tmp_path: Path, damage: str
+    exported: Path, tmp_path: Path, damage: str
 ) -> None:
-    export(trained, tmp_path / "p", PROVENANCE)
+    shutil.copytree(exported, tmp_path / "p")
     path, manifest = tmp_path / "p" / STATE_FILE, tmp_path / "p" / "manifest.json"
     content = path.read_bytes()
     if damage == "absent":
