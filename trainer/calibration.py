@@ -24,7 +24,7 @@ from torch import Tensor
 
 from trainer.batches import in_order
 from trainer.blend import calibrated
-from trainer.dataset import LabelGroups
+from trainer.dataset import Int64s, LabelGroups
 from trainer.evaluate import TOP_K
 from trainer.models.sources import UNTUNED_WEIGHTS, SourceGate
 from trainer.served import Served, Told
@@ -42,6 +42,9 @@ NUM_ITERATIONS = 100
 # What the sources' odds against the model are tried to be multiplied with. Never 0: an item that
 # the model does not know has to be named by somebody.
 ODDS = (1.0, 3.0, 10.0, 0.3, 0.1, 0.03)
+# The least and the most that the model weighs at the mean of all facts, however many trainings
+# multiply the odds one after another: the next one can still turn it round.
+MODEL_WEIGHTS = (0.001, 0.999)
 # What the counts of an item that the user met are tried to be multiplied with. Never 0: where
 # nothing else is left, it is better than nothing.
 MET_FACTORS = (1.0, 0.3, 0.1, 0.01)
@@ -57,11 +60,8 @@ def calibrate(served: Served, groups: LabelGroups, *, by_facts: bool = True) -> 
     """
     if len(groups) == 0:
         return SourceGate.untuned()
-    told = Told.joined([served.told(part) for part in in_order(groups, size=BATCH_LABELS)])
-    group_E = np.repeat(np.arange(len(groups)), groups.num_rows_G)
-    first_E = np.cumsum(groups.num_rows_G) - groups.num_rows_G
-    row_E = groups.first_row_G[group_E] + np.arange(len(group_E)) - first_E[group_E]
-    share_EW = told.shares_of(group_E, served.source.log.item_id_N[row_E])
+    told, group_E, item_id_E = _asked(served, groups)
+    share_EW = told.shares_of(group_E, item_id_E)
     named_E = share_EW.sum(dim=1) > 0
     group = torch.from_numpy(group_E)[named_E]
     gate = fitted_gate(
@@ -69,8 +69,48 @@ def calibrate(served: Served, groups: LabelGroups, *, by_facts: bool = True) -> 
     )
     if len(group) < MIN_EVENTS:
         return gate
-    item_E = torch.from_numpy(served.source.log.item_id_N[row_E])
-    return best_factors(gate, told, torch.from_numpy(group_E), item_E)
+    events = torch.from_numpy(group_E), torch.from_numpy(item_id_E)
+    return best_factors(gate, told, *events)
+
+
+def reweighed(served: Served, groups: LabelGroups, gate: SourceGate) -> SourceGate:
+    """The gate with the odds that rank the events of some labels best, otherwise as it is.
+
+    Of a version that goes on from another only one thing is new: how much the model is worth. What
+    the sources are worth against one another was learned from more, and at all hours of the day.
+
+    Args:
+        served: The model and its sources.
+        groups: Labels the model was not fitted on.
+        gate: Of the earlier training; it stays as it is where the labels have too few events.
+    """
+    if groups.num_rows_G.sum() < MIN_EVENTS:
+        return gate
+    told, group_E, item_E = _asked(served, groups)
+    least, most = MODEL_WEIGHTS
+    tried = [
+        with_factors(gate, odds, gate.met_factor.item())
+        for odds in ODDS
+        if odds != 1.0 and least <= _model_weight(gate, odds) <= most
+    ]
+    events = torch.from_numpy(group_E), torch.from_numpy(item_E)
+    # Of equals the first: nothing changes without a reason.
+    return max([gate, *tried], key=lambda one: ndcg10(told, one, *events))
+
+
+def _asked(served: Served, groups: LabelGroups) -> tuple[Told, Int64s, Int64s]:
+    """What is said at labels; the label and the item of each of their events [E]."""
+    told = Told.joined([served.told(part) for part in in_order(groups, size=BATCH_LABELS)])
+    group_E = np.repeat(np.arange(len(groups)), groups.num_rows_G)
+    first_E = np.cumsum(groups.num_rows_G) - groups.num_rows_G
+    row_E = groups.first_row_G[group_E] + np.arange(len(group_E)) - first_E[group_E]
+    return told, group_E, served.source.log.item_id_N[row_E]
+
+
+def _model_weight(gate: SourceGate, odds: float) -> float:
+    """What the model weighs at the mean of all facts, with other odds."""
+    weight_W = gate.bias_W.detach().double().exp()
+    return float(weight_W[0] / (weight_W[0] + odds * weight_W[1:].sum()))
 
 
 def best_factors(gate: SourceGate, told: Told, group_E: Tensor, item_E: Tensor) -> SourceGate:

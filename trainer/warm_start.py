@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from trainer.batches import LabelExamples
-from trainer.calibration import MIN_EVENTS, calibrate
+from trainer.calibration import reweighed
 from trainer.counted import LiveSources
 from trainer.dataset import (
     EventLog,
@@ -145,21 +145,19 @@ def warm_train(
 def gate_since(
     log: EventLog, state: WarmState, groups: LabelGroups, config: TrainConfig, *, until_ms: int
 ) -> SourceGate:
-    """What model and live sources weigh, by the labels since the earlier training.
+    """How much the model is worth beside the live sources, by the labels since the earlier one.
 
-    They are answered by the model of then. A model is worth most in the minute it is trained;
-    weights that were fitted there would trust it too much for as long as it is served. Those of its
-    predecessor's whole time are those of its own, if trainings come evenly.
+    They are answered by the model of then. A model is worth most in the minute it is trained; what
+    was found there would trust it too much for as long as it is served. What its predecessor was
+    worth in all its time is what it will be itself, if trainings come evenly.
 
     Returns:
-        The gate of `state` where those labels have too few events to say something else.
+        The gate of `state`, the odds of its sources against the model multiplied.
     """
     since = calibration_groups(log, groups, fit_ms=state.split_ms, split_ms=until_ms)
-    if since.num_rows_G.sum() < MIN_EVENTS:
-        return state.gate
     source = gems_source(log, state.vocabulary, state.config.model)
     live = LiveSources.of(log, half_life_h=config.half_life_h)
-    return calibrate(Served(state.model, state.vocabulary, source, live), since)
+    return reweighed(Served(state.model, state.vocabulary, source, live), since, state.gate)
 
 
 def warm_stages(model: Gems) -> list[Stage]:

@@ -10,13 +10,13 @@ END_MS = 10**15
 NEWER_FROM_MS = 120 * DAY_MS
 
 
-def newer_log() -> EventLog:
-    """The log of the trained model, and then two months in which half of all events are new."""
+def newer_log(*, new_share: float = 0.5) -> EventLog:
+    """The log of the trained model, and then two months in which many events are of new items."""
     columns = made_up_columns(seed=3)
     later = made_up_columns(seed=4, num_baskets=10)
     later["event_time_ms"] = later["event_time_ms"] + NEWER_FROM_MS
     later["ordinal"] = later["ordinal"] + 1000
-    is_new = np.random.default_rng(1).random(len(later["item_id"])) < 0.5
+    is_new = np.random.default_rng(1).random(len(later["item_id"])) < new_share
     later["item_id"] = np.where(is_new, 10_001 + later["item_id"] % 20 * 3, later["item_id"])
     return EventLog.from_columns(
         {name: np.concatenate((columns[name], later[name])) for name in columns}

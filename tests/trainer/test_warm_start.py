@@ -150,21 +150,28 @@ def test_priors_may_end_as_the_counts_of_the_end(trained: Trained, later: EventL
 def every_label(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weighed by all labels since, however few: the made-up log has few users."""
     monkeypatch.setattr("trainer.train.CALIBRATION_TIMES_PER_USER", 10_000)
-    monkeypatch.setattr("trainer.warm_start.MIN_EVENTS", 100)
+    monkeypatch.setattr("trainer.calibration.MIN_EVENTS", 100)
 
 
 @pytest.mark.usefixtures("every_label")
+@pytest.mark.parametrize(("new_share", "grows"), [(0.5, False), (1.0, True)])
 def test_the_model_is_weighed_by_what_its_predecessor_did(
-    trained: Trained, later: EventLog
+    trained: Trained, new_share: float, *, grows: bool
 ) -> None:
-    """Half of what came since was new: the predecessor could not name it, the counts could."""
+    """Where all that came since is new, the predecessor named nothing of it; the counts did."""
+    later = newer_log(new_share=new_share)
     warm = warm_train(later, WarmState.of(trained), small_training(), from_ms=NEWER_FROM_MS)
     told = served(warm).told(warm.groups.select(slice(-50, None)))
 
     def of_the_counts(gate: SourceGate) -> float:
         return gate(told.facts_GF, told.speaks_GS)[:, 1:].sum(dim=1).mean().item()
 
-    assert of_the_counts(warm.gate) > 2 * of_the_counts(trained.gate)
+    grown = of_the_counts(warm.gate) / of_the_counts(trained.gate)
+    assert (grown > 2) == grows
+    # What the sources are worth against one another stays as it was learned.
+    assert torch.equal(warm.gate.weight_WF, trained.gate.weight_WF)
+    of_sources = (one.gate.bias_W[2] - one.gate.bias_W[1] for one in (warm, trained))
+    assert next(of_sources).item() == pytest.approx(next(of_sources).item(), abs=1e-5)
 
 
 @pytest.mark.usefixtures("every_label")
