@@ -2,11 +2,12 @@
 
 What stays: the compressor with its tables, and with them the memory version, so that nobody's
 lifelong memory has to be made anew; the semantic id and, where vectors are frozen, the vector of
-every item known before; the sizes of the model. What changes: items that came since join
-(new_items.py), priors start from the counts of the new window, the other weights learn on, and the
-model is weighed against the live sources by what its predecessor did in service (gate_since). Items
-that nobody meets any more keep their place, and domains that came since stay unknown, until a
-training from the start drops or learns them. The optimiser starts anew.
+every item known before; the sizes of the model; how the live sources are weighed against one
+another. What changes: items that came since join (new_items.py), priors start from the counts of
+the new window, the other weights learn on, and the model is weighed against the sources by what its
+predecessor did in service (gate_since). Items that nobody meets any more keep their place, and
+domains that came since stay unknown, until a training from the start drops or learns them. The
+optimiser starts anew.
 """
 
 import hashlib
