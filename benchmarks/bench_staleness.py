@@ -14,10 +14,10 @@ Judged: 1,200 users that click after the 9th, at most 12 clicks of each on each 
 Every click is ranked against all items before it is shown, the clicks of a user at one time
 together; with the state of the moment (live), and with the state of the arm's last training
 (frozen): what a user did since, and what is popular since, is not known then. SERVED=gems is what
-is served: the model and the live sources, weighed by the gate that the training left, which is
-fitted to the clicks since the training before; gems_no_sources is the model alone. Beside them,
-what needs no model: clicks lately, halved every three hours, and what others clicked after the
-user's last item.
+is served: the model and the live sources, weighed by the gate that the training left, in which the
+model's odds follow from the clicks since the training before; gems_no_sources is the model alone.
+Beside them, what needs no model: clicks lately, halved every three hours, and what others clicked
+after the user's last item.
 
 Not measured: the time that a training takes to be published (bench-publish). One file an arm and
 training is kept under benchmarks/results/staleness, with the newest model of each arm, so that a

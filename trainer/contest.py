@@ -218,18 +218,23 @@ class Contest:
             scored = np.concatenate(items), np.concatenate(shares)
             share_SE.append(target_shares(scored, targets.group_E, targets.item_E))
         weight_S = calibrated(np.stack(share_SE, axis=1))
-        rank = self._best_lowered(dict(zip(names, sources, strict=True)), weight_S)
+        named = dict(zip(names, sources, strict=True))
+        rank = self._best_lowered(named, weight_S, parts, targets)
         weights = {name: round(float(one), 4) for name, one in zip(names, weight_S, strict=True)}
         return Entry(lists_of(rank), rank, weights=weights)
 
-    def _best_lowered(self, sources: dict[str, ScoredRanker], weight_S: Float64s) -> ScoredRanker:
+    def _best_lowered(
+        self,
+        sources: dict[str, ScoredRanker],
+        weight_S: Float64s,
+        parts: list[LabelGroups],
+        targets: Targets,
+    ) -> ScoredRanker:
         """The blend that ranks the tuning window best, out of a few factors for what was met.
 
         As in the mixture that is served: what is counted of all users is lowered where the user met
-        the item, what is counted of the user alone is not.
+        the item, what is counted of the user alone is not. `parts` are the window's labels.
         """
-        targets = Targets.of(self.source, self.task.tune)
-        parts = list(in_order(self.task.tune, size=BATCH_GROUPS))
 
         def with_factor(factor: float) -> ScoredRanker:
             changed = [

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from streams.kafka import KafkaConfig
     from streams.topics import Topics
 
-# The embedded broker lets a member that it has given up wait for minutes, and a test machine may
-# stand still for the ten seconds after which it does. No worker here dies without leaving.
+# The embedded broker takes no member back that it has given up, and a test machine may stand still
+# for the ten seconds after which it does. No worker here dies without leaving.
 SESSION_TIMEOUT_MS: Final = 120_000
 
 
