@@ -345,12 +345,17 @@ class EventProducer:
             deadline = time.monotonic() + self._queue_wait_s
         elif time.monotonic() > deadline:
             raise QueueFullError(
-                num_queued=len(client),
+                num_queued=self._num_waiting(),
                 limit=self._queue_events_max,
                 waited_s=self._queue_wait_s,
             ) from error
         client.poll(min(_POLL_S, self._queue_wait_s))
         return deadline
+
+    def _num_waiting(self) -> int:
+        # len(client) would also count errors of the connection that wait to be reported.
+        with self._lock:
+            return self._num_sent - self._num_delivered - self._num_failed
 
     def _reported(
         self,
