@@ -73,6 +73,11 @@ def calibrate(served: Served, groups: LabelGroups, *, by_facts: bool = True) -> 
     return best_factors(gate, told, *events)
 
 
+def are_enough(groups: LabelGroups) -> bool:
+    """Whether labels have events enough to weigh the model anew by them."""
+    return int(groups.num_rows_G.sum()) >= MIN_EVENTS
+
+
 def reweighed(served: Served, groups: LabelGroups, gate: SourceGate) -> SourceGate:
     """The gate with the odds that rank the events of some labels best, otherwise as it is.
 
@@ -81,11 +86,9 @@ def reweighed(served: Served, groups: LabelGroups, gate: SourceGate) -> SourceGa
 
     Args:
         served: The model and its sources.
-        groups: Labels the model was not fitted on.
-        gate: Of the earlier training; it stays as it is where the labels have too few events.
+        groups: Labels the model was not fitted on, `are_enough` of them.
+        gate: Of the earlier training.
     """
-    if groups.num_rows_G.sum() < MIN_EVENTS:
-        return gate
     told, group_E, item_E = _asked(served, groups)
     least, most = MODEL_WEIGHTS
     tried = [

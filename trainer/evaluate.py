@@ -54,8 +54,13 @@ def held_out_groups(
     seed: int,
     max_users: int = MAX_USERS,
     max_groups_per_user: int = MAX_GROUPS_PER_USER,
+    is_filled: bool = False,
 ) -> LabelGroups:
     """A seeded sample of the groups after the split.
+
+    Args:
+        is_filled: Where users are fewer than `max_users`, the room that is left is shared out, so
+            that a choice is not made by a few dozen labels where there are hundreds.
 
     Raises:
         EmptyWindowError: There are none.
@@ -68,6 +73,8 @@ def held_out_groups(
         raise EmptyWindowError(msg)
     users = np.unique(after.user_G)
     chosen = rng.permutation(users)[:max_users]
+    if is_filled:
+        max_groups_per_user = max_groups_per_user * max_users // len(chosen)
     after = after.select(np.isin(after.user_G, chosen))
     # Shuffle, then keep the first so many of each user: rank inside the user by a stable sort.
     order = rng.permutation(len(after))

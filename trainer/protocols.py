@@ -114,6 +114,7 @@ def global_split(
             seed=sample.seed,
             max_users=max_users,
             max_groups_per_user=max_times,
+            is_filled=True,
         )
         for max_users, max_times in (
             (sample.tune_users, sample.tune_times_per_user),

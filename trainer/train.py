@@ -234,6 +234,7 @@ def calibration_groups(
         seed=CALIBRATION_SEED,
         max_users=CALIBRATION_USERS,
         max_groups_per_user=CALIBRATION_TIMES_PER_USER,
+        is_filled=True,
     )
 
 

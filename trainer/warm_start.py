@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from trainer.batches import LabelExamples
-from trainer.calibration import reweighed
+from trainer.calibration import are_enough, reweighed
 from trainer.counted import LiveSources
 from trainer.dataset import (
     EventLog,
@@ -153,9 +153,12 @@ def gate_since(
     worth in all its time is what it will be itself, if trainings come evenly.
 
     Returns:
-        The gate of `state`, the odds of its sources against the model multiplied.
+        The gate of `state`, the odds of its sources against the model multiplied; as it is where
+        the labels are too few to tell.
     """
     since = calibration_groups(log, groups, fit_ms=state.split_ms, split_ms=until_ms)
+    if not are_enough(since):
+        return state.gate
     source = gems_source(log, state.vocabulary, state.config.model)
     live = LiveSources.of(log, half_life_h=config.half_life_h)
     return reweighed(Served(state.model, state.vocabulary, source, live), since, state.gate)

@@ -93,6 +93,28 @@ def test_held_out_groups_are_seeded_bounded_and_after_the_split(log: EventLog) -
     assert counts.max() == 4
 
 
+def test_where_users_are_few_their_sample_is_filled(log: EventLog) -> None:
+    groups = label_groups(log)
+    plain, filled = (
+        held_out_groups(
+            log,
+            groups,
+            split_ms=50 * DAY_MS,
+            seed=1,
+            max_users=24,
+            max_groups_per_user=2,
+            is_filled=is_filled,
+        )
+        for is_filled in (False, True)
+    )
+    num_users = len(np.unique(plain.user_G))
+    assert num_users == 8
+    assert len(plain) == 2 * num_users
+    assert 4 * num_users <= len(filled) <= 2 * 24
+    assert np.unique(filled.user_G, return_counts=True)[1].max() <= 2 * 24 // num_users
+    assert np.isin(plain.first_row_G, filled.first_row_G).all()
+
+
 def test_an_empty_window_is_refused(log: EventLog) -> None:
     with pytest.raises(EmptyWindowError, match="newer than the split"):
         held_out_groups(log, label_groups(log), split_ms=10**15, seed=0)

@@ -98,7 +98,10 @@ def test_what_cannot_be_looked_at_is_a_recorded_failure(
     assert lease_is_free(settings)
 
 
-def test_one_trains_at_a_time(installation: Callable[..., Settings]) -> None:
+def test_one_trains_at_a_time(
+    installation: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compose.trainer_service.one_run.LOOK_S_MAX", 0.5)
     settings = installation()
     client = connect(settings.redis.url)
     lease = Lease.take(client, TRAINER_LEASE_KEY, owner="somebody")
