@@ -228,6 +228,7 @@ def measure(bench: Installation) -> dict[str, object]:
         "requests": len(answers),
         "failed": sum(bool(one.error) for one in answers),
         "mixed": len(mixed),
+        "store_away": sum(one.is_store_away for one in answers),
         "quiet_p99_ms": p99_ms(quiet),
         "swap_p99_ms": p99_ms(during),
         "publish_to_ready_s": round(max(swaps.ready_s), 2),

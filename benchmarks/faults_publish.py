@@ -10,6 +10,7 @@ repository that no pointers ever named. Not measured: time.
 
 A wrong answer: a request that failed, a version that is neither the live one nor (from step 8 on)
 the new one, weights of another version than it says, or trending items while nothing was away.
+Answers that say that Redis was late (STORE_AWAY) are counted apart.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Verdict:
 
     note: str = ""
     num_answers: int = 0
+    num_store_away: int = 0
     wrong: list[Answer] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     is_healed: bool = False
@@ -62,6 +64,7 @@ def run_case(bench: Installation, case: Case) -> Verdict:
         _note_if_live(bench, before)
         allowed = {before, *bench.models} if case.may_go_live else {before}
         verdict.num_answers = len(asker.answers)
+        verdict.num_store_away = sum(one.is_store_away for one in asker.answers)
         verdict.wrong = [
             one
             for one in asker.answers
@@ -137,6 +140,7 @@ def main() -> int:
             "healed": num_healed,
             "wrong_answers": num_wrong,
             "answers": sum(one.num_answers for one in verdicts.values()),
+            "store_away": sum(one.num_store_away for one in verdicts.values()),
         },
         command="make faults-publish",
         caveats={"broker": "Apache Kafka" if kafka_home() else "the embedded broker"},

@@ -12,6 +12,7 @@ from compose.cli.options import kafka_of
 from compose.trainer_service.one_run import run_once
 from scoring.client import Recommender
 from scoring.errors import ScoringError
+from scoring.signature import Degraded
 from streams.producer import EventProducer
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Traffic:
     Attributes:
         versions: in the order in which they first answered, with the number of their answers.
         failures: what went wrong, in words.
+        num_store_away: answers without a model that say that Redis was late; no failures.
     """
 
     settings: Settings
@@ -47,6 +49,7 @@ class Traffic:
     versions: Counter[int] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
     num_sent: int = 0
+    num_store_away: int = 0
 
     def __post_init__(self) -> None:
         self._stop = threading.Event()
@@ -77,6 +80,9 @@ class Traffic:
                     self.failures.append(str(error))
                     continue
                 spoke = answer.provenance.model_version
+                if Degraded.STORE_AWAY in answer.provenance.degraded:
+                    self.num_store_away += 1
+                    continue
                 if not spoke:
                     self.failures.append(
                         f"no model spoke to {user}: {answer.provenance.degraded!r}"
@@ -109,7 +115,8 @@ class Turn:
             "loop_version_before": versions[0] if versions else 0,
             "loop_version_after": versions[-1] if versions else 0,
             "loop_seconds": round(self.seconds, 1),
-            "loop_requests": sum(self.traffic.versions.values()),
+            "loop_requests": sum(self.traffic.versions.values()) + self.traffic.num_store_away,
+            "loop_store_away_requests": self.traffic.num_store_away,
             "loop_failed_requests": len(self.traffic.failures),
         }
 

@@ -95,6 +95,8 @@ class WorkerSettings(_Section):
     batch_wait_s: float = Field(default=0.01, ge=0.001, le=5)
     cache_mb: int = Field(default=256, ge=1, le=1_000_000)
     waiting_chunks_max: int = Field(default=64, ge=1, le=1_000_000)
+    # Brokers take no less than 6 s by default, librdkafka no more than it may go unpolled.
+    session_timeout_ms: int = Field(default=10_000, ge=1_000, le=300_000)
     metrics_host: str = "0.0.0.0"  # noqa: S104 - Prometheus scrapes from elsewhere
     metrics_port: int = Field(default=9464, ge=0, le=65_535)
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
 
-LOAD_TIMEOUT_S: Final = 120.0
+LOAD_TIMEOUT_S: Final = 300.0
 CALL_TIMEOUT_S: Final = 10.0
 _POLL_S: Final = 0.05
 

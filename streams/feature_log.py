@@ -61,7 +61,7 @@ class FeatureLogProducer:
         self._on_delivered = on_delivered
         self._on_dropped = on_dropped
         self._untold = threading.Lock()
-        self._delivered = self._dropped = 0
+        self._delivered = self._dropped = self._waiting = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(
             target=self._serve, name="moveline-feature-log", daemon=True
@@ -84,12 +84,16 @@ class FeatureLogProducer:
             self._producer.produce(self._topic, value, key, on_delivery=self._report)
         except (BufferError, KafkaException):
             self._count(dropped=1)
+        else:
+            self._count(waiting=1)
 
     def close(self) -> None:
         """Give the last records a moment; the rest is dropped."""
         self._stop.set()
         self._thread.join()
-        self._count(dropped=self._producer.flush(CLOSE_TIMEOUT_S))
+        self._producer.flush(CLOSE_TIMEOUT_S)
+        # What flush() returns would also count errors of the connection that wait to be reported.
+        self._count(dropped=self._waiting)
         self._tell()
 
     def _serve(self) -> None:
@@ -99,14 +103,15 @@ class FeatureLogProducer:
 
     def _report(self, error: KafkaError | None, _: Message) -> None:
         if error is None:
-            self._count(delivered=1)
+            self._count(delivered=1, waiting=-1)
         else:
-            self._count(dropped=1)
+            self._count(dropped=1, waiting=-1)
 
-    def _count(self, *, delivered: int = 0, dropped: int = 0) -> None:
+    def _count(self, *, delivered: int = 0, dropped: int = 0, waiting: int = 0) -> None:
         with self._untold:
             self._delivered += delivered
             self._dropped += dropped
+            self._waiting += waiting
 
     def _tell(self) -> None:
         with self._untold:

@@ -224,13 +224,14 @@ class EventProducer:
         deadline = time.monotonic() + timeout_s
         while not outcome:
             left_s = deadline - time.monotonic()
-            if left_s <= 0:
+            # Looked for first: a process that stood still has the report in its queue.
+            client.poll(max(0.0, min(left_s, _POLL_S)))
+            if not outcome and left_s <= 0:
                 raise DeliveryError(
                     f"event {event.event_id!r} was not acknowledged by {self._config.bootstrap} "
                     f"within {timeout_s:g} s. It may still arrive; send it again as it is.",
                     retriable=True,
                 )
-            client.poll(min(left_s, _POLL_S))
         if isinstance(outcome[0], DeliveryError):
             raise outcome[0]
         return outcome[0]

@@ -23,6 +23,7 @@ from streams.kafka import KafkaConfig, ensure_topics
 from streams.topics import Topics
 from tests.servers import local_stack
 from tests.small import REPOSITORY, SMALL, UNCOMPILED
+from tests.waiting import TIMEOUT_S
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -124,7 +125,7 @@ def topics(kafka: KafkaConfig) -> Topics:
 @pytest.fixture
 def redis_client(stack: LocalStack) -> Iterator[redis.Redis]:
     """An empty Redis."""
-    client = connect(stack.addresses.redis)
+    client = connect(stack.addresses.redis, timeout_s=TIMEOUT_S)
     client.flushall()
     yield client
     client.close()

@@ -65,8 +65,8 @@ def local_stack(
 @contextmanager
 def redis_cluster(run_dir: Path, *, num_nodes: int = 3) -> Iterator[RedisCluster]:
     """A Redis Cluster of primaries that share the slots evenly; no replicas."""
-    ports = free_ports(2 * num_nodes)
     with running_stack(_spare(run_dir)) as stack:
+        ports = free_ports(2 * num_nodes)  # as late as can be: others look for free ones, too
         nodes = [
             _redis(
                 stack,
@@ -165,8 +165,8 @@ class RedisCluster:
 @contextmanager
 def redis_sentinel(run_dir: Path) -> Iterator[RedisSentinel]:
     """A primary, a replica and one sentinel that may decide alone."""
-    sentinel_port, *ports = free_ports(3)
     with running_stack(_spare(run_dir)) as stack:
+        sentinel_port, *ports = free_ports(3)
         first = _redis(stack, run_dir, "redis-0", {}, port=ports[0])
         second = _redis(
             stack, run_dir, "redis-1", {"replicaof": f"{LOOPBACK} {ports[0]}"}, port=ports[1]
@@ -176,7 +176,7 @@ def redis_sentinel(run_dir: Path) -> Iterator[RedisSentinel]:
         settings.write_text(
             f"port {sentinel_port}\nbind {LOOPBACK}\ndir {run_dir}\n"
             f"sentinel monitor {SENTINEL_MASTER} {LOOPBACK} {ports[0]} 1\n"
-            f"sentinel down-after-milliseconds {SENTINEL_MASTER} 500\n"
+            f"sentinel down-after-milliseconds {SENTINEL_MASTER} 30000\n"
             f"sentinel failover-timeout {SENTINEL_MASTER} 5000\n",
             encoding="utf-8",
         )
@@ -208,6 +208,8 @@ class RedisSentinel:
     def kill_primary(self) -> None:
         """End the first server; the sentinel will make the other one the primary."""
         self.stack.stop("redis-0")
+        # Only now: a primary on a machine that stands still is not to be given up before.
+        self.sentinel.sentinel_set(SENTINEL_MASTER, "down-after-milliseconds", 500)
 
 
 def _spare(run_dir: Path) -> StackOptions:

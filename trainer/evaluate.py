@@ -54,13 +54,8 @@ def held_out_groups(
     seed: int,
     max_users: int = MAX_USERS,
     max_groups_per_user: int = MAX_GROUPS_PER_USER,
-    is_filled: bool = False,
 ) -> LabelGroups:
     """A seeded sample of the groups after the split.
-
-    Args:
-        is_filled: Where users are fewer than `max_users`, the room that is left is shared out, so
-            that a choice is not made by a few dozen labels where there are hundreds.
 
     Raises:
         EmptyWindowError: There are none.
@@ -73,8 +68,6 @@ def held_out_groups(
         raise EmptyWindowError(msg)
     users = np.unique(after.user_G)
     chosen = rng.permutation(users)[:max_users]
-    if is_filled:
-        max_groups_per_user = max_groups_per_user * max_users // len(chosen)
     after = after.select(np.isin(after.user_G, chosen))
     # Shuffle, then keep the first so many of each user: rank inside the user by a stable sort.
     order = rng.permutation(len(after))
@@ -82,6 +75,33 @@ def held_out_groups(
     user = after.user_G[order]
     rank = np.arange(len(order)) - np.searchsorted(user, user)
     return after.select(np.sort(order[rank < max_groups_per_user]))
+
+
+def tuning_groups(
+    log: EventLog,
+    groups: LabelGroups,
+    *,
+    split_ms: int,
+    seed: int,
+    max_users: int,
+    max_groups_per_user: int,
+) -> LabelGroups:
+    """The same sample where there are users enough; where they are few, each gives more.
+
+    A choice is then not made by a few dozen labels where there are hundreds.
+
+    Raises:
+        EmptyWindowError: There are none.
+    """
+    num_users = len(np.unique(groups.user_G[groups.time_ms_G > split_ms]))
+    return held_out_groups(
+        log,
+        groups,
+        split_ms=split_ms,
+        seed=seed,
+        max_users=max_users,
+        max_groups_per_user=max_groups_per_user * max_users // max(1, min(num_users, max_users)),
+    )
 
 
 def judge(source: BatchSource, groups: LabelGroups, rank: Ranker, *, name: str) -> Quality:

@@ -26,7 +26,7 @@ from trainer.dataset import (
     training_groups,
 )
 from trainer.errors import EmptyWindowError
-from trainer.evaluate import held_out_groups
+from trainer.evaluate import held_out_groups, tuning_groups
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -107,14 +107,13 @@ def global_split(
     )
     window = candidates.select(candidates.time_ms_G <= split_ms)
     tune, calibrate = (
-        held_out_groups(
+        tuning_groups(
             log,
             window,
             split_ms=fit_ms,
             seed=sample.seed,
             max_users=max_users,
             max_groups_per_user=max_times,
-            is_filled=True,
         )
         for max_users, max_times in (
             (sample.tune_users, sample.tune_times_per_user),

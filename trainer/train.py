@@ -26,7 +26,7 @@ from trainer.dataset import (
     training_groups,
 )
 from trainer.errors import BudgetError, EmptyWindowError
-from trainer.evaluate import held_out_groups
+from trainer.evaluate import tuning_groups
 from trainer.item_vectors import co_occurrence_vectors, domains_of, with_domains
 from trainer.loop import (
     CLOCKS,
@@ -227,14 +227,13 @@ def calibration_groups(
     window = groups.select((groups.time_ms_G > fit_ms) & (groups.time_ms_G <= split_ms))
     if len(window) == 0:
         return window
-    return held_out_groups(
+    return tuning_groups(
         log,
         window,
         split_ms=fit_ms,
         seed=CALIBRATION_SEED,
         max_users=CALIBRATION_USERS,
         max_groups_per_user=CALIBRATION_TIMES_PER_USER,
-        is_filled=True,
     )
 
 

@@ -123,6 +123,7 @@ def worker_config(
         instance=instance or settings.worker.instance,
         batch_max=settings.worker.batch_max,
         batch_wait_s=batch_wait_s or settings.worker.batch_wait_s,
+        session_timeout_ms=settings.worker.session_timeout_ms,
         lake=settings.lake.path,
         waiting_chunks_max=settings.worker.waiting_chunks_max,
         cache_bytes_max=settings.worker.cache_bytes,

@@ -162,8 +162,8 @@ def test_recommend_prints_answers_for_programs_too(
         {"item_id": 7, "original_id": None, "name": None, "score": 3.0},
         {"item_id": 8, "original_id": None, "name": None, "score": 2.0},
     ]
-    until(lambda: ask()["items"] == wanted, 30)
-    assert ask()["degraded"] == 1
+    # Not followed yet, or Redis was late: asked again.
+    until(lambda: (said := ask())["items"] == wanted and said["degraded"] == 1)
     assert_one_sentence(moveline("recommend", "1", "-k", "0", **here), "k=0")
     away = moveline("recommend", "1", "--triton", NOWHERE, **here)
     assert_one_sentence(away, NOWHERE)
@@ -179,6 +179,8 @@ def test_worker_from_start_to_ctrl_c(
     }
     text = CSV.format(now_ms())
     moveline("produce", "-", "--format", "csv", *MAPS, "--map", "action=kind", stdin=text, **here)
+    # A worker that a busy machine holds up keeps its partitions.
+    sizes["WORKER__SESSION_TIMEOUT_MS"] = "120000"
     variables = {f"MOVELINE_{name}": value for name, value in {**here, **sizes}.items()}
     command = [sys.executable, "-m", "compose.cli", "worker", "--metrics-port", "0"]
     log = tmp_path / "worker.log"

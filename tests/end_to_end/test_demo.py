@@ -39,6 +39,7 @@ FIGURES = {
     "changed_by_click",
     "identical_without_event",
     "loop_failed_requests",
+    "loop_store_away_requests",
     "seconds_total",
 }
 
@@ -82,10 +83,11 @@ def nothing_runs(folder: Path) -> bool:
     )
 
 
-@pytest.mark.timeout(600)
+# Four minutes on a busy machine, most of them of a processor.
+@pytest.mark.timeout(1_500)
 def test_clicks_become_recommendations(folder: Path) -> None:
     process = demo(folder, "--lines", "20000", "--budget", "30")
-    answer, _ = process.communicate(timeout=580)
+    answer, _ = process.communicate(timeout=1_400)
     log = (folder / "demo.log").read_text(encoding="utf-8")
     assert process.returncode == 0, log[-3000:]
     line = json.loads(answer.splitlines()[-1])
@@ -101,6 +103,8 @@ def test_clicks_become_recommendations(folder: Path) -> None:
     changed = figures["loop_version_after"] > figures["loop_version_before"]
     assert changed == (figures["loop_verdict"] == "published")
     assert figures["loop_failed_requests"] == 0
+    # Beside a training Redis is late now and then, and answers say so; most have to be whole.
+    assert figures["loop_store_away_requests"] < 0.2 * figures["loop_requests"]
     assert nothing_runs(folder)
 
 
@@ -114,7 +118,7 @@ def test_a_demo_begins_without_what_the_one_before_left(tmp_path: Path) -> None:
     assert not settings.models.exists()
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 def test_ctrl_c_leaves_nothing_running_and_data_readable(folder: Path) -> None:
     process = demo(folder, "--lines", "40000", "--budget", "60")
     root = folder / "run" / "demo" / "lake"
@@ -123,9 +127,9 @@ def test_ctrl_c_leaves_nothing_running_and_data_readable(folder: Path) -> None:
         return bool(list(root.glob("*/partition=*/*.parquet"))) or process.poll() is not None
 
     try:
-        until(lake_has_files, timeout_s=150)
+        until(lake_has_files, timeout_s=300)
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        process.communicate(timeout=200)
     finally:
         if process.poll() is None:
             process.kill()

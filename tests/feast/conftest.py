@@ -9,6 +9,7 @@ import pytest
 from features.redis import connect
 from tests.feast.states import NOW_MS, SMALL
 from tests.servers import local_stack
+from tests.waiting import TIMEOUT_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +40,7 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def client(redis_url: str) -> Iterator[redis.Redis]:
     """An empty Redis."""
-    connection = connect(redis_url)
+    connection = connect(redis_url, timeout_s=TIMEOUT_S)
     connection.flushall()
     yield connection
     connection.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,11 +50,16 @@ def processes_of(stack: LocalStack) -> list[int]:
     return found
 
 
-def seconds_of(pids: list[int]) -> float:
-    """Processor seconds that processes have had."""
+def threads() -> set[Path]:
+    """The threads of this process."""
+    return set(Path("/proc/self/task").iterdir())
+
+
+def seconds_of(runners: list[Path]) -> float:
+    """Processor seconds that processes or threads have had."""
     ticks = 0
-    for pid in pids:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    for runner in runners:
+        fields = (runner / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
 
@@ -87,13 +93,15 @@ def test_clients_are_told_the_address_of_the_door(broker: LocalStack) -> None:
 
 
 def test_an_idle_consumer_costs_next_to_nothing(broker: LocalStack) -> None:
+    others = threads()  # earlier tests may have left busy ones
     consumer = consumer_of(broker, "idle")
     assign(consumer)
-    pids = [os.getpid(), *processes_of(broker)]
-    before, until_s = seconds_of(pids), time.monotonic() + WATCHED_S
-    while time.monotonic() < until_s:
+    mine = [*threads() - others, Path(f"/proc/self/task/{threading.get_native_id()}")]
+    runners = [*mine, *(Path(f"/proc/{pid}") for pid in processes_of(broker))]
+    before, since_s = seconds_of(runners), time.monotonic()
+    while (watched_s := time.monotonic() - since_s) < WATCHED_S:
         assert consumer.poll(0.5) is None
-    assert seconds_of(pids) - before < IDLE_SHARE_MAX * WATCHED_S
+    assert seconds_of(runners) - before < IDLE_SHARE_MAX * watched_s
     consumer.close()
 
 

@@ -106,7 +106,11 @@ def test_unreadable_data_is_the_servers_reason(tmp_path: Path) -> None:
     assert LocalStack(tmp_path).running() == []
 
 
-def test_a_server_that_is_not_ready_in_time_is_stopped(tmp_path: Path) -> None:
+def test_a_server_that_is_not_ready_in_time_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # However soon it is there, it is never found listening.
+    monkeypatch.setattr("compose.local.server.listens", lambda _pid, _port: False)
     options = StackOptions(run_dir=tmp_path, services=REDIS, ready_timeout_s=0.0)
     with pytest.raises(ServerDidNotStartError, match="not ready after 0 s"):
         LocalStack().up(options)

@@ -232,11 +232,11 @@ def _produced(bootstrap: str, topic: str) -> int:
     """Create a topic, send one record, return its offset."""
     admin = AdminClient({"bootstrap.servers": bootstrap})
     for created in admin.create_topics([NewTopic(topic, 4, 1)]).values():
-        created.result(timeout=10)
+        created.result(timeout=60)
     delivered: list[Message] = []
     producer = Producer({"bootstrap.servers": bootstrap})
     producer.produce(topic, b"x", on_delivery=lambda _error, sent: delivered.append(sent))
-    assert producer.flush(10) == 0
+    assert producer.flush(60) == 0
     offset = delivered[0].offset()
     assert offset is not None
     return offset

@@ -86,9 +86,14 @@ def test_twenty_thousand_events_and_two_kills(
             # A batch worth compressing: what our producers do, Faust's consumer must undo.
             write_records(kafka, topics, {b"noise-%d" % n: b"{}" * 500 for n in range(50)})
             write_pointers(kafka, topics, Pointers(5, store.generation))
-            until(lambda: catalogue.get_pointers() == Pointers(5, store.generation), 20)
-            metrics = app.page("/metrics", port=app.config.metrics_port) or ""
-            assert "moveline_nearline_hints_total" in metrics
+            until(lambda: catalogue.get_pointers() == Pointers(5, store.generation))
+            until(
+                lambda: (
+                    "moveline_nearline_hints_total"
+                    in (app.page("/metrics", port=app.config.metrics_port) or "")
+                ),
+                what="the app's metrics",
+            )
             assert app.end() == 0
     found = sessions_sent(kafka, topics)
     assert all(len(values) == 1 for values in found.values())

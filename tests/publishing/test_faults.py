@@ -31,3 +31,5 @@ def test_the_old_version_answers_and_the_next_publication_heals(
     assert verdict.is_healed, verdict
     assert verdict.num_answers > 0
     assert not verdict.wrong, verdict.wrong[:3]
+    # On a busy machine Redis is late now and then; more would be a Redis that is away.
+    assert verdict.num_store_away <= 1 + 0.05 * verdict.num_answers

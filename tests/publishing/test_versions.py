@@ -19,10 +19,10 @@ from compose.rollback import RollbackError, roll_back
 from compose.serving import load_served_models
 from features.lifelong_store import get_live_memories
 from features.redis import connect
-from scoring.client import Recommender
 from scoring.signature import RECOMMEND_MODEL, RETRIEVAL_MODEL, Degraded
 from scoring.triton import TritonServer
 from streams.control import write_memories
+from tests.asking import PatientRecommender, whole
 from tests.waiting import until
 from trainer.manifest import MANIFEST_FILE, MODEL_FILE
 from trainer.repository import versions_on_disk
@@ -55,8 +55,8 @@ def ready(bench: Installation) -> list[int]:
 
 def says(bench: Installation) -> tuple[int, int, Degraded]:
     """Return which version spoke, which is live, and what was missing."""
-    with Recommender(bench.settings.triton.address) as recommender:
-        said = recommender.recommend(1, deadline_s=10).provenance
+    with PatientRecommender(bench.settings.triton.address) as recommender:
+        said = whole(lambda: recommender.recommend(1)).provenance
     return said.model_version, said.live_version, said.degraded
 
 

@@ -139,7 +139,7 @@ def test_the_old_topic_can_be_deleted_once_the_lake_has_it(log: Log, tmp_path: P
     by_user = log.accepted()
     admin = AdminClient({"bootstrap.servers": log.kafka.bootstrap})
     for deleted in admin.delete_topics([log.topics.events]).values():
-        deleted.result(10)
+        deleted.result(60)
     with running(log.kafka, log.topics, log.live, lake=tmp_path) as worker:
         log.wait(worker)
     again, _ = log.replay(ReplayRequest(lake=tmp_path))
@@ -349,7 +349,7 @@ def test_a_redis_from_before_the_switch_refuses_the_first_write(log: Log) -> Non
 def test_a_foreign_record_without_key_seals_nothing(log: Log) -> None:
     producer = make_producer(log.kafka)
     producer.produce(log.topics.events, value=None, headers=[("other", b"1")], partition=0)
-    assert not producer.flush(10)
+    assert not producer.flush(60)
     log.produce(300, source=0)
     with running(log.kafka, log.topics, log.live) as worker:
         until(lambda: worker.errors or log.here.lag(log.live) == 0, what="applied")

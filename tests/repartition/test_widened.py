@@ -39,7 +39,7 @@ def widen(log: Log) -> None:
     """Do what an operator should not: `kafka-topics.sh --alter --partitions 5`."""
     admin = AdminClient({"bootstrap.servers": log.kafka.bootstrap})
     for done in admin.create_partitions([NewPartitions(log.topics.events, WIDER)]).values():
-        done.result(10)
+        done.result(60)
     until(lambda: partition_count(log.kafka, log.topics.events) == WIDER, what="the topic is wider")
 
 
@@ -121,7 +121,7 @@ def test_a_producer_with_another_partitioner_is_named_and_its_events_can_be_move
     sent = Sent(b"%d" % user, encode_event(event), [], event)
     producer = make_producer(log.kafka)
     producer.produce(log.topics.events, sent.value, sent.key, partition=(belongs + 1) % 3)
-    assert not producer.flush(10)
+    assert not producer.flush(60)
     log.sent.append(sent)
     with (
         pytest.raises(MisplacedEventError, match=rf"user {user} lies in partition.*murmur2"),

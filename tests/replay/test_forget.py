@@ -140,7 +140,7 @@ def test_a_lake_that_stands_still_is_named(place: Place, busiest: int, tmp_path:
     with running(place.kafka, place.topics, place.live) as worker:
         wait_caught_up(place.kafka, place.topics, worker)
         with pytest.raises(ForgetError, match=r"the lake under .* start `moveline lake`"):
-            Forgetting(here=place.here, lake=tmp_path, timeout_s=3).forget(busiest)
+            Forgetting(here=place.here, lake=tmp_path, timeout_s=15).forget(busiest)
 
 
 def test_the_command_ends_with_what_remains(

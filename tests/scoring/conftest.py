@@ -10,9 +10,9 @@ import pytest
 
 from features.redis import CatalogueStore, Pointers, StateStore, Trending, connect
 from features.schema import schema_hash
-from scoring.client import Recommender
 from scoring.live import REFRESH_S
 from scoring.triton import TritonServer
+from tests.asking import PatientRecommender
 from tests.small import SMALL
 from tests.waiting import until
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import redis
 
     from compose.local.stack import LocalStack
+    from scoring.client import Recommender
 
 _MARKS = itertools.count(1_000_000)
 
@@ -52,8 +53,8 @@ def served_catalogue(served_redis: redis.Redis) -> CatalogueStore:
 
 @pytest.fixture
 def recommender(triton_stack: LocalStack) -> Iterator[Recommender]:
-    """A client of the served model."""
-    with Recommender(triton_stack.addresses.triton_grpc) as client:
+    """A client of the served model, in no hurry."""
+    with PatientRecommender(triton_stack.addresses.triton_grpc) as client:
         yield client
 
 

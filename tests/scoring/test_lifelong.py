@@ -16,6 +16,7 @@ from scoring.errors import ScoringError
 from scoring.signature import Degraded
 from streams.fold import TritonFold
 from streams.lifelong import Compactor, fold_chunks
+from tests.asking import whole
 from tests.scoring.states import write_clicks
 from tests.scoring.tiny import ITEM_IDS
 from tests.small import SMALL
@@ -92,7 +93,7 @@ def test_answers_read_the_memory_that_their_model_names(
     memory: LiveMemory,
 ) -> None:
     go_live(version)
-    without = recommender.recommend(USER, k=5, deadline_s=10)
+    without = whole(lambda: recommender.recommend(USER, k=5))
     assert without.provenance.degraded is Degraded.NONE
     assert without.provenance.contribution[2] == 0
     pointers = Pointers(version, served_store.generation, memory.memory_version)
@@ -102,7 +103,7 @@ def test_answers_read_the_memory_that_their_model_names(
         20,
         what="the memory is read",
     )
-    answer = recommender.recommend(USER, k=5, deadline_s=10)
+    answer = whole(lambda: recommender.recommend(USER, k=5))
     assert answer.provenance.degraded is Degraded.NONE
     assert {item.item_id for item in answer.items} <= set(ITEM_IDS)
     compacted.discard(USER, memory.memory_version)

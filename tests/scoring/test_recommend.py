@@ -362,13 +362,16 @@ def test_popularity_without_a_total_says_nothing(live: Live, store: StateStore) 
     assert (model.counted[0].item_BSK == -1).all()
 
 
-def test_followers_are_read_once_a_second(live: Live) -> None:
+def test_followers_are_read_once_a_second(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second is a minute here, then over."""
+    monkeypatch.setattr("scoring.sources.LIST_AGE_MAX_S", 60.0)
     one = Followers(9, 1.0, np.array([70]), np.array([1.0]))
     put_lists(live.client, {61: one}, half_life_h=48)
     assert live.followers.lists([61, 62, -1])[0].item_id.tolist() == [70]
     put_lists(live.client, {61: one._replace(item_id=np.array([71]))}, half_life_h=48)
     assert live.followers.lists([61])[0].item_id.tolist() == [70]
-    until(lambda: live.followers.lists([61])[0].item_id.tolist() == [71])
+    monkeypatch.setattr("scoring.sources.LIST_AGE_MAX_S", 0.0)
+    assert live.followers.lists([61])[0].item_id.tolist() == [71]
 
 
 def test_followers_that_cannot_be_read_are_none() -> None:

@@ -18,7 +18,7 @@ from features.keys import bucket_of, checkpoints_key, memories_key
 from features.nearline import TileStore
 from features.redis import Canary, Pointers, Trending, execute
 from scoring.arms import CANARY, CONTROL, LIVE, SHADOW, arm_of
-from scoring.ladder import FULL_MS_MIN, LADDER, MODEL_MS_MIN, steps_of
+from scoring.ladder import LADDER, MODEL_MS_MIN, steps_of
 from scoring.live import DOMAINS_MAX, Live, read_snapshot
 from scoring.recommend import Ask, answer, answer_shadow
 from scoring.signature import NO_ITEM, Degraded
@@ -161,13 +161,13 @@ def test_a_repeats_position_is_reached(live: Live, store: StateStore) -> None:
     key = checkpoints_key(store.generation, bucket_of(5))
     execute(store.client, "HSET", key, "0:2", 8)
     started = time.monotonic()
-    for offset, is_reached in ((7, True), (8, False)):
-        ask = Ask(5, 1, 2, offset, 100)
+    for offset, wait_ms, is_reached in ((7, 5_000, True), (8, 100, False)):
+        ask = Ask(5, 1, 2, offset, wait_ms)
         (one,) = answer([ask], live, FakeModel(), NOW_MS)
         assert (Degraded.POSITION_NOT_REACHED not in flags(one)) is is_reached
-    (unknown,) = answer([Ask(bucket_mate(5), 1, 2, 7, 1_000)], live, never, NOW_MS)
+    (unknown,) = answer([Ask(bucket_mate(5), 1, 2, 7, 5_000)], live, never, NOW_MS)
     assert flags(unknown) is Degraded.UNKNOWN_USER
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 5
 
 
 def bucket_mate(user: int) -> int:
@@ -176,31 +176,38 @@ def bucket_mate(user: int) -> int:
     return next(mates)
 
 
-def test_waiting_leaves_the_time_an_answer_needs(live: Live, store: StateStore) -> None:
+def test_waiting_leaves_the_time_an_answer_needs(
+    live: Live, store: StateStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More time than is left by default, for a busy machine."""
+    monkeypatch.setattr("scoring.reading.FULL_MS_MIN", 300)
+    monkeypatch.setattr("scoring.recommend.MODEL_MS_MIN", 0)
     write_clicks(store, 5, [1])
     started = time.monotonic()
-    ask = Ask(5, 1, 0, 10**9, 5_000, deadline_ms=400)
+    ask = Ask(5, 1, 0, 10**9, 5_000, deadline_ms=2_000)
     (one,) = answer([ask], live, FakeModel(), NOW_MS)
-    assert time.monotonic() - started < 0.4
+    assert time.monotonic() - started < 2
     assert one.item_ids == [100]
     assert Degraded.POSITION_NOT_REACHED in flags(one)
     assert Degraded.DEADLINE not in flags(one)
 
 
-def test_little_time_is_enough_for_the_recent_stream(live: Live, store: StateStore) -> None:
+def test_little_time_is_enough_for_the_recent_stream(
+    live: Live, store: StateStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Little is two seconds here: a busy machine is slower than the 50 ms of the default."""
+    monkeypatch.setattr("scoring.reading.FULL_MS_MIN", 2_000)
     write_clicks(store, 5, range(20))
     model = FakeModel()
-    short_ms = FULL_MS_MIN - 1
-    (one,) = answer([Ask(5, 1, deadline_ms=short_ms)], live, model, NOW_MS)
-    if Degraded.DEADLINE not in flags(one):  # this machine may be slower than that
-        assert flags(one) is Degraded.MID_TERM
-        (_, streams, _, _) = model.asked[0]
-        assert streams.mid_BM.shape == (1, SMALL.mid)
-        assert set(streams.mid_BM["item_id"][0].tolist()) == {NO_ITEM}
-        assert streams.recent_BR["item_id"][0].tolist() == list(range(12, 20))
-        assert one.seen is not None
-        assert not one.seen.has_mid
-    (whole,) = answer([Ask(5, 1, deadline_ms=5_000)], live, model, NOW_MS)
+    (one,) = answer([Ask(5, 1, deadline_ms=1_999)], live, model, NOW_MS)
+    assert flags(one) is Degraded.MID_TERM
+    (_, streams, _, _) = model.asked[0]
+    assert streams.mid_BM.shape == (1, SMALL.mid)
+    assert set(streams.mid_BM["item_id"][0].tolist()) == {NO_ITEM}
+    assert streams.recent_BR["item_id"][0].tolist() == list(range(12, 20))
+    assert one.seen is not None
+    assert not one.seen.has_mid
+    (whole,) = answer([Ask(5, 1, deadline_ms=8_000)], live, model, NOW_MS)
     assert flags(whole) is Degraded.NONE
 
 
@@ -215,12 +222,12 @@ def test_a_model_that_is_late_is_not_waited_for(live: Live, store: StateStore) -
     release = threading.Event()
 
     def slow(*_: object, **__: object) -> Retrieved:
-        release.wait(10)
+        release.wait(60)
         raise AssertionError("nobody waits for it")
 
     started = time.monotonic()
-    (one,) = answer([Ask(5, 2, deadline_ms=200)], live, slow, NOW_MS)
-    assert time.monotonic() - started < 1
+    (one,) = answer([Ask(5, 2, deadline_ms=2_000)], live, slow, NOW_MS)
+    assert time.monotonic() - started < 30
     release.set()
     assert (one.item_ids, flags(one)) == ([7, 8], Degraded.DEADLINE)
 

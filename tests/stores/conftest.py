@@ -9,6 +9,7 @@ import pytest
 from features.redis import CatalogueStore, RedisClient, StateStore, connect
 from tests.servers import RedisCluster, redis_cluster
 from tests.small import SMALL
+from tests.waiting import TIMEOUT_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +27,7 @@ def client(cluster: RedisCluster) -> Iterator[RedisClient]:
     """A connection to the whole of it, empty."""
     for node in cluster.nodes:
         node.flushall()
-    client = connect(cluster.url)
+    client = connect(cluster.url, timeout_s=TIMEOUT_S)
     yield client
     client.close()
 

@@ -33,7 +33,7 @@ def test_the_worker_follows_a_fail_over_and_loses_nothing(
     sent = traffic.make(1_500)
     publish(kafka, topics.events, sent)
     with redis_sentinel(tmp_path / "sentinel") as servers:
-        client = connect(servers.url, timeout_s=1.0)
+        client = connect(servers.url, timeout_s=30)
         store = StateStore(client, generation, SMALL)
         with running(kafka, topics, store, batch_max=100) as worker:
             worker.wait("events_total", 300)
@@ -49,6 +49,6 @@ def test_the_worker_follows_a_fail_over_and_loses_nothing(
 
 def test_a_primary_that_no_sentinel_knows_is_an_error_of_ours(tmp_path: Path) -> None:
     with redis_sentinel(tmp_path / "sentinel") as servers:
-        client = connect(servers.url.replace(SENTINEL_MASTER, "other"), timeout_s=1.0)
+        client = connect(servers.url.replace(SENTINEL_MASTER, "other"), timeout_s=30)
         with pytest.raises(StoreUnavailableError, match="other"):
             StateStore(client, 1, SMALL).ping()

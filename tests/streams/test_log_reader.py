@@ -124,7 +124,7 @@ def test_a_broker_that_delivers_nothing_is_an_error_in_time(
     config: KafkaConfig, topics: Topics, reader: LogReader
 ) -> None:
     produce(make_producer(config), topics.events, 0, 5)
-    read = Read(reader.stretches(topics.events, {0: 0}, {0: 6}, timeout_s=0.5))
+    read = Read(reader.stretches(topics.events, {0: 0}, {0: 6}, timeout_s=5))
     with pytest.raises(BrokerUnavailableError, match=r"\[0\] from 5 to 6"):
         read.to_end()
     assert read.ends == {0: 5}

@@ -9,7 +9,7 @@ from trainer.baselines import own_frequency, popularity
 from trainer.batches import BatchSource
 from trainer.dataset import EventLog, LabelGroups, label_groups
 from trainer.errors import EmptyWindowError
-from trainer.evaluate import TOP_K, held_out_groups, judge, model_ranker
+from trainer.evaluate import TOP_K, held_out_groups, judge, model_ranker, tuning_groups
 from trainer.train import Trained
 from trainer.vocabulary import Vocabulary
 
@@ -96,16 +96,8 @@ def test_held_out_groups_are_seeded_bounded_and_after_the_split(log: EventLog) -
 def test_where_users_are_few_their_sample_is_filled(log: EventLog) -> None:
     groups = label_groups(log)
     plain, filled = (
-        held_out_groups(
-            log,
-            groups,
-            split_ms=50 * DAY_MS,
-            seed=1,
-            max_users=24,
-            max_groups_per_user=2,
-            is_filled=is_filled,
-        )
-        for is_filled in (False, True)
+        sample(log, groups, split_ms=50 * DAY_MS, seed=1, max_users=24, max_groups_per_user=2)
+        for sample in (held_out_groups, tuning_groups)
     )
     num_users = len(np.unique(plain.user_G))
     assert num_users == 8

@@ -95,7 +95,7 @@ def test_time_buckets_are_ordered_and_bounded() -> None:
 
 
 def test_the_budget_ends_a_run_early(log: EventLog) -> None:
-    trained = train(log, small_training(epochs=1e6, budget_s=2.0))
+    trained = train(log, small_training(epochs=1e6, budget_s=5.0, budget_clock="processor"))
     assert trained.fitted.ended_by == "budget"
     assert len(trained.fitted.losses) > 0
 

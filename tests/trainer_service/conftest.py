@@ -91,7 +91,7 @@ def _settings(
         "held_out_share": 0.15,
         "quality_margin": 1,
         "latency_ms": 10_000,
-        "lease_s": 5,
+        "lease_s": 60,
         "metrics_port": 0,
         "checkpoint_every_steps": 2,
     }

@@ -139,7 +139,7 @@ def test_a_run_that_is_killed_is_recorded_and_the_service_goes_on(
     service: Callable[..., tuple[Settings, subprocess.Popen[bytes], str]],
 ) -> None:
     """Then it is told to stop in the middle of the next run."""
-    settings, process, url = service(events=1, epochs=10_000, budget_s=600, lease_s=2)
+    settings, process, url = service(events=1, epochs=10_000, budget_s=600, lease_s=10)
     runs = runs_of(settings.models)
     client = connect(settings.redis.url)
     folders = settings.models / "runs"
@@ -171,7 +171,9 @@ def test_told_to_stop_it_stops_its_run(
     settings, process, _ = service(events=1, epochs=10_000, budget_s=600)
     runs = runs_of(settings.models)
     until(
-        lambda: (newest := runs.newest()) and newest.token is not None, START_S, what="a training"
+        lambda: list((settings.models / "runs").glob(f"*/{CHECKPOINT_FOLDER}/*.safetensors")),
+        START_S,
+        what="a checkpoint",
     )
     process.terminate()
     assert process.wait(START_S) == 0

@@ -105,8 +105,10 @@ def running(
 
 def caught_up(kafka: KafkaConfig, topics: Topics, generation: int) -> bool:
     """Return whether the generation's group has committed everything the topic holds."""
-    done = committed(kafka, group_of(topics, generation), topics.events)
-    ends = end_offsets(kafka, topics.events)
+    # One question may take as long as the whole wait: a broker that stands still is no answer.
+    group = group_of(topics, generation)
+    done = committed(kafka, group, topics.events, timeout_s=TIMEOUT_S)
+    ends = end_offsets(kafka, topics.events, timeout_s=TIMEOUT_S)
     return all(done.get(partition, 0) >= end for partition, end in ends.items())
 
 

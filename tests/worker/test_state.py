@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from features.keys import NUM_BUCKETS, bucket_of, checkpoints_key
 from tests.waiting import until
-from tests.worker.running import caught_up, running, wait_caught_up
+from tests.worker.running import SESSION_TIMEOUT_MS, caught_up, running, wait_caught_up
 from tests.worker.traffic import Traffic, assert_equals_oracle, publish
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ def worker_environment(stack: LocalStack, topics: Topics, store: StateStore) -> 
         "MOVELINE_STATE__CHUNK": str(config.chunk),
         "MOVELINE_STATE__DEDUP_WINDOW": str(config.dedup_window),
         "MOVELINE_WORKER__BATCH_MAX": "200",
+        "MOVELINE_WORKER__SESSION_TIMEOUT_MS": str(SESSION_TIMEOUT_MS),
     }
 
 
