@@ -78,7 +78,7 @@ class Budget:
 
     Attributes:
         seconds: Of a processor, for the training loop, judging included, so that what else the
-            machine does takes nothing from anybody. Vectors and semantic ids come before.
+            machine does takes little from anybody. Vectors and semantic ids come before.
         label_share: Share of the labels that is learned from, the newest.
         labels_per_epoch: Labels of one pass, drawn by seed: with many users a pass would not end.
     """

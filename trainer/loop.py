@@ -96,7 +96,7 @@ class LoopConfig:
         budget_s: Seconds after which training ends early. A run that ends by its budget is not
             repeatable bit by bit, one that ends by its epochs is.
         budget_clock: Which seconds: "wall", or those in which this process had a processor, so that
-            whatever else the machine does takes nothing from a comparison.
+            whatever else the machine does takes little from a comparison.
         examples_per_batch: Of all ranks together.
         num_threads: Threads of torch.
         device: "auto" is the GPU if there is one.

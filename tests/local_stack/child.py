@@ -10,6 +10,7 @@ import argparse
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from compose.errors import ComposeError
@@ -26,6 +27,8 @@ def main() -> int:
     parser.add_argument("--signal-at")
     parser.add_argument("--detached", action="store_true")
     arguments = parser.parse_args()
+    # A suite that runs under nohup hands down that this signal is ignored, which is kept to.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     def report(line: str) -> None:
         sys.stdout.write(f"{line}\n")
@@ -48,7 +51,8 @@ def main() -> int:
             stack.spawn("worker", [sys.executable, "-c", "import signal; signal.pause()"])
             report(f"up {stack.addresses.redis}")
             while True:
-                signal.pause()
+                # Not for good: a signal that comes right before a wait is only seen after it.
+                time.sleep(0.2)
     except ComposeError as error:
         sys.stderr.write(f"{error}\n")
         return 1

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     Start = Callable[..., Marked]
 
-pytestmark = pytest.mark.servers
+pytestmark = [pytest.mark.servers, pytest.mark.timeout(600)]
 
 ALL = "redis,kafka,triton"
 EXIT_CODES = {"SIGINT": -signal.SIGINT, "SIGTERM": 143, "SIGHUP": 129}

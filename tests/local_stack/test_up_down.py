@@ -182,7 +182,7 @@ def test_a_block_that_asks_for_it_leaves_the_stack_up(options: StackOptions) -> 
 def test_spawned_processes_are_stopped_before_the_servers(options: StackOptions) -> None:
     # The worker writes what it finds when it is told to end: Redis must still be there.
     script = """
-import os, signal, socket, sys
+import os, signal, socket, sys, time
 def stop(*_):
     socket.create_connection(("127.0.0.1", int(os.environ["PORT"])), 5).close()
     print("redis was still there", flush=True)
@@ -190,7 +190,7 @@ def stop(*_):
 signal.signal(signal.SIGTERM, stop)
 print("ready", flush=True)
 while True:
-    signal.pause()
+    time.sleep(0.2)  # a signal right before a wait is only seen after it
 """
     addresses = LocalStack().up(options)
     port = addresses.redis.removesuffix("/0").rpartition(":")[2]
