@@ -1,7 +1,7 @@
 """`make quality-pages`: tables and plots of the quality results that are there, nothing by hand.
 
 Every set and protocol with results under benchmarks/results/quality gets a page and a plot in
-docs/results.
+docs/results; README.md has a table of them all.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from benchmarks.quality_figures import (
     long_history_gain,
     outcomes,
 )
+from benchmarks.quality_overview import rendered, table
 from trainer.rivals import RIVALS
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 # The model without the live sources, which its ablations are compared with.
 WHOLE: Final = "gems_no_sources"
 PAGES: Final = Path("docs/results")
+# Has the table of all sets.
+OVERVIEW: Final = Path("README.md")
 # Models whose bands are drawn, where they are there.
 DRAWN: Final = (SERVED, "gems_plain", "hstu", "sasrec", "own_frequency", "recent_popularity")
 NAME: Final = re.compile(r"(?P<protocol>global|leave_one_out)-.*-s\d+")
@@ -119,7 +122,7 @@ def _main_table(found: dict[str, Outcome]) -> str:
             ]
         )
     heads = ["model", "what it is", *HEADS, "spread", "NDCG@10 frozen", "live adds", "ms an answer"]
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def _band_table(found: dict[str, Outcome], kind: str) -> str:
@@ -130,7 +133,7 @@ def _band_table(found: dict[str, Outcome], kind: str) -> str:
     rows = [
         [name, *(f"{one[band]['ndcg10']:.4f}" for band in names)] for name, one in bands.items()
     ]
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def _stands(found: dict[str, Outcome]) -> str:
@@ -180,7 +183,7 @@ def _differences(name: str, one: Outcome, others: dict[str, Outcome]) -> str:
         "certain",
         "Recall@10, times",
     ]
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def _training(found: dict[str, Outcome]) -> str:
@@ -199,7 +202,7 @@ def _training(found: dict[str, Outcome]) -> str:
                 ]
             )
     heads = ["model", "steps", "seconds", "ended by", "share of recent / mid-term / lifelong"]
-    return _table(heads, rows) if rows else "No model that is trained has a result yet."
+    return table(heads, rows) if rows else "No model that is trained has a result yet."
 
 
 def _weights(found: dict[str, Outcome]) -> str:
@@ -210,11 +213,6 @@ def _weights(found: dict[str, Outcome]) -> str:
             shares = ", ".join(f"{source} {weight:.2f}" for source, weight in weights.items())
             told.append(f"\n\nSources of {name}: {shares}.")
     return "".join(told)
-
-
-def _table(heads: list[str], rows: list[list[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def draw(folder: Path, set_name: str, protocol: str, path: Path) -> None:
@@ -263,6 +261,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=QUALITY, help="folder of the result files")
     parser.add_argument("--pages", type=Path, default=PAGES, help="folder of the pages")
+    parser.add_argument("--overview", type=Path, default=OVERVIEW, help="page with all sets")
     asked = parser.parse_args()
     asked.pages.mkdir(parents=True, exist_ok=True)
     for set_name, protocol in present(asked.results):
@@ -270,6 +269,9 @@ def main() -> None:
         text = page(asked.results, set_name, protocol)
         (asked.pages / f"{name}.md").write_text(text, encoding="utf-8")
         draw(asked.results, set_name, protocol, asked.pages / f"{name}.png")
+    text = asked.overview.read_text(encoding="utf-8")
+    text = rendered(text, asked.results, present(asked.results))
+    asked.overview.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
