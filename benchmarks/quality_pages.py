@@ -264,14 +264,14 @@ def main() -> None:
     parser.add_argument("--overview", type=Path, default=OVERVIEW, help="page with all sets")
     asked = parser.parse_args()
     asked.pages.mkdir(parents=True, exist_ok=True)
-    for set_name, protocol in present(asked.results):
+    found = present(asked.results)
+    for set_name, protocol in found:
         name = f"{set_name}-{protocol}"
         text = page(asked.results, set_name, protocol)
         (asked.pages / f"{name}.md").write_text(text, encoding="utf-8")
         draw(asked.results, set_name, protocol, asked.pages / f"{name}.png")
-    text = asked.overview.read_text(encoding="utf-8")
-    text = rendered(text, asked.results, present(asked.results))
-    asked.overview.write_text(text, encoding="utf-8")
+    overview = rendered(asked.overview.read_text(encoding="utf-8"), asked.results, found)
+    asked.overview.write_text(overview, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from tests.scoring.states import write_clicks
 from tests.small import SMALL
 from tests.streams.support import read_all
 from tests.waiting import until
-from tests.worker.running import caught_up
+from tests.worker.running import SESSION_TIMEOUT_MS, caught_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -180,7 +180,7 @@ def test_worker_from_start_to_ctrl_c(
     text = CSV.format(now_ms())
     moveline("produce", "-", "--format", "csv", *MAPS, "--map", "action=kind", stdin=text, **here)
     # A worker that a busy machine holds up keeps its partitions.
-    sizes["WORKER__SESSION_TIMEOUT_MS"] = "120000"
+    sizes["WORKER__SESSION_TIMEOUT_MS"] = str(SESSION_TIMEOUT_MS)
     variables = {f"MOVELINE_{name}": value for name, value in {**here, **sizes}.items()}
     command = [sys.executable, "-m", "compose.cli", "worker", "--metrics-port", "0"]
     log = tmp_path / "worker.log"
