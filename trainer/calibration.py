@@ -36,6 +36,8 @@ NUM_MADE_UP = 20
 # Events that some part named; with fewer the weights stay constant: a linear map of seven facts
 # for three parts has 24 numbers.
 MIN_EVENTS = 300
+# The same for the two factors, which are two numbers.
+MIN_FACTOR_EVENTS = 100
 # Strength of the pull of the linear map to 0, in events; constant weights are not pulled.
 PULL = 3.0
 NUM_ITERATIONS = 100
@@ -67,7 +69,7 @@ def calibrate(served: Served, groups: LabelGroups, *, by_facts: bool = True) -> 
     gate = fitted_gate(
         told.facts_GF[group], told.speaks_GS[group], share_EW[named_E], by_facts=by_facts
     )
-    if len(group) < MIN_EVENTS:
+    if len(group) < MIN_FACTOR_EVENTS:
         return gate
     events = torch.from_numpy(group_E), torch.from_numpy(item_id_E)
     return best_factors(gate, told, *events)

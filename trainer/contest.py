@@ -33,10 +33,10 @@ from trainer.baselines import (
 from trainer.batches import NUM_TARGETS, Batch, BatchSource, LabelExamples, in_order
 from trainer.blend import blended, calibrated, met_lowered, target_shares
 from trainer.calibration import MET_FACTORS, calibrate
-from trainer.copy_first import learn_to_copy
 from trainer.counted import LiveSources
 from trainer.dataset import LabelGroups, newest
 from trainer.evaluate import BATCH_GROUPS, Ranker
+from trainer.heads_first import learn_heads
 from trainer.item_vectors import co_occurrence_vectors, with_domains
 from trainer.loop import CLOCKS, Fitted, Learner, LoopConfig, Stage, fit, prepare_torch
 from trainer.models.config import GemsConfig
@@ -300,7 +300,7 @@ class Contest:
             settings,
             tables_ms=int(self.task.fitted.event_time_ms_N.max()),
         )
-        source = self._gems_source(config)
+        source = self._gems_source(model.config)
         scored = gems_ranker(model, source, self._naming())
         fitted = self._fit(
             GemsLearner(model),
@@ -308,18 +308,18 @@ class Contest:
             scored,
             rival.base,
             stages=training_stages(model),
-            spent_s=self._copy_first(model, source),
+            spent_s=self._heads_first(model, source),
         )
         return Entry(
             lists_of(scored), scored, fitted, self._contribution(model, source), model=model
         )
 
-    def _copy_first(self, model: Gems, source: BatchSource) -> float:
-        """Have the copy head learn first; return the seconds of the budget that it took."""
+    def _heads_first(self, model: Gems, source: BatchSource) -> float:
+        """Have the heads learn that learn first; return the seconds of the budget they took."""
         loop = self.budget.loop(self.seed)
         clock = CLOCKS[loop.budget_clock]
         started = clock()
-        learn_to_copy(model, LabelExamples(source, self.labels, self.budget.num_targets), loop)
+        learn_heads(model, LabelExamples(source, self.labels, self.budget.num_targets), loop)
         return clock() - started
 
     def _fit(

@@ -6,6 +6,7 @@ Legend: V items of the vocabulary, N new items, E width of an item vector.
 """
 
 import copy
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from trainer.dataset import EventLog, Int64s
 from trainer.item_vectors import beside_domains, domains_of
 from trainer.models.gems import Gems
 from trainer.models.lifelong import Compressor
+from trainer.models.next_items import SMOOTHING, ItemTable
 from trainer.models.trie import ItemTrie
 from trainer.semantic_ids import SemanticIds, extend_semantic_ids
 from trainer.training_state import WarmState
@@ -73,6 +75,11 @@ def extended(
         compressor=_frozen(model),
     )
     _take_weights(larger, model)
+    if model.config.dense == "on":
+        trained_VE = model.dense.items.vector.weight.detach()[1:]
+        near_NE = new_item_vectors(log, old, trained_VE, new_ids, until_ms=until_ms)
+        near_NE = near_NE * trained_VE.norm(dim=1).mean()
+        _take_item_table(larger.dense.items, model.dense.items, near_NE, torch.from_numpy(order))
     old_count_V = np.concatenate((state.count_V, np.zeros(len(new_ids))))[order]
     renew_priors(larger, old_count_V, count_V)
     return replace(
@@ -182,14 +189,26 @@ def _take_weights(larger: Gems, model: Gems) -> None:
 
 
 def _is_of_items(name: str) -> bool:
-    return name in {"item.weight", "copy.facts_IF"} or name.startswith("trie.")
+    return name in {"item.weight", "copy.facts_IF"} or name.startswith(("trie.", "dense.items."))
+
+
+def _take_item_table(larger: ItemTable, table: ItemTable, near_NE: Tensor, order_V: Tensor) -> None:
+    """Rows of the old items as they were trained, then new ones, in the order of the vocabulary."""
+    uncounted_N = torch.full((len(near_NE),), math.log(SMOOTHING))
+    with torch.no_grad():
+        larger.vector.weight[1:] = torch.cat((table.vector.weight[1:], near_NE))[order_V]
+        larger.bias_I[1:] = torch.cat((table.bias_I[1:], uncounted_N))[order_V]
 
 
 def renew_priors(model: Gems, old_count_V: Float64s, count_V: Float64s) -> None:
-    """Replace the counts that the priors of every node of the tree stand on.
+    """Replace the counts that the priors of every node of the tree stand on, and the dense head's.
 
     What training added to them stays.
     """
+    if model.config.dense == "on":
+        before_V, after_V = (torch.from_numpy(one + SMOOTHING) for one in (old_count_V, count_V))
+        with torch.no_grad():
+            model.dense.items.bias_I[1:] += (after_V / before_V).log().float()
     if model.config.prior == "off":
         return
     befores = model.trie.log_counts(torch.from_numpy(old_count_V))

@@ -35,7 +35,7 @@ class Rival:
 # Counts that a blend mixes, live up to the moment.
 COUNTED = (*SOURCES, "own_frequency")
 # What the paper does not have.
-PLAIN: dict[str, object] = {"copy": "off", "prior": "off", "leaf": "codes"}
+PLAIN: dict[str, object] = {"copy": "off", "prior": "off", "leaf": "codes", "dense": "off"}
 RIVALS: dict[str, Rival] = {
     "popularity": Rival(kind="free", base="popularity", note="events so far, renewed daily"),
     "recent_popularity": Rival(
@@ -94,6 +94,12 @@ RIVALS: dict[str, Rival] = {
     ),
     "gems_no_copy": Rival(
         kind="gems", base="gems", note="the model without the copy head", changes={"copy": "off"}
+    ),
+    "gems_no_dense": Rival(
+        kind="gems",
+        base="gems",
+        note="the model without the dense head, which it has where nobody repeats",
+        changes={"dense": "off"},
     ),
     "gems_no_prior": Rival(
         kind="gems",

@@ -13,7 +13,6 @@ from features.sources import HALF_LIFE_H_DEFAULT
 from trainer.batches import NUM_TARGETS, PADDING, Batch, BatchSource, LabelExamples
 from trainer.calibration import calibrate
 from trainer.checkpoint import Checkpoint
-from trainer.copy_first import learn_to_copy
 from trainer.counted import LiveSources
 from trainer.dataset import (
     TRAIN_QUANTILE,
@@ -27,6 +26,7 @@ from trainer.dataset import (
 )
 from trainer.errors import BudgetError, EmptyWindowError
 from trainer.evaluate import tuning_groups
+from trainer.heads_first import has_repeats, learn_heads
 from trainer.item_vectors import co_occurrence_vectors, domains_of, with_domains
 from trainer.loop import (
     CLOCKS,
@@ -158,8 +158,9 @@ def train(
     fit_ms = fit_time_ms(log, groups, config)
     learnable = newest(training_groups(log, groups, split_ms=fit_ms), share=config.label_share)
     vocabulary = Vocabulary.of(log, split_ms=fit_ms)
-    source = gems_source(log, vocabulary, config.model)
     model = new_model(log, vocabulary, config, tables_ms=fit_ms, compressor=compressor)
+    config = replace(config, model=model.config)
+    source = gems_source(log, vocabulary, config.model)
     fitted = _learned(
         model,
         LabelExamples(source, learnable, config.num_targets),
@@ -184,15 +185,15 @@ def train(
 def _learned(
     model: Gems, examples: LabelExamples, loop: LoopConfig, outputs: Outputs, *, spent_s: float
 ) -> Fitted:
-    """The copy head learns, then all of the model; what both go through as one."""
+    """Heads learn first, then all of the model; what they go through as one."""
     clock = CLOCKS[loop.budget_clock]
     started = clock() - spent_s
-    copied = None
+    heads: list[Fitted] = []
     # Processes that train together stay together from one loop to the next.
     with joined(loop.device):
-        # A run that is resumed has it in its checkpoint.
+        # A run that is resumed has them in its checkpoint.
         if not (outputs.resume and Checkpoint.is_in(outputs.checkpoints)):
-            copied = learn_to_copy(model, examples, loop)
+            heads = learn_heads(model, examples, loop)
         fitted = fit(
             GemsLearner(model),
             examples,
@@ -203,7 +204,7 @@ def _learned(
             spent_s=clock() - started,
         )
     refuse_no_step(fitted, loop)
-    if copied is not None and copied.ended_by == "budget":
+    if any(head.ended_by == "budget" for head in heads):
         # Not repeatable either.
         return replace(fitted, ended_by="budget")
     return fitted
@@ -294,8 +295,11 @@ def new_model(
 ) -> Gems:
     """A model whose items carry vectors and semantic ids read off the log, otherwise untrained.
 
+    Its own configuration is that of `config`, settled by the log.
+
     Args:
-        log: Events; those after `tables_ms` tell nothing but the domain of an item.
+        log: Events; those after `tables_ms` tell nothing but the domain of an item, and whether
+            people repeat themselves.
         vocabulary: The items to recommend.
         config: Sizes and seed.
         tables_ms: Vectors and counts come from events up to here.
@@ -305,7 +309,7 @@ def new_model(
     described = with_domains(vectors, log, vocabulary)
     semantic_ids = learn_semantic_ids(described, sizes=config.code_sizes, seed=config.loop.seed)
     return Gems(
-        config.model,
+        config.model.settled(repeats=has_repeats(log), num_items=vocabulary.num_items),
         semantic_ids,
         num_domains=len(vocabulary.domain_ids),
         item_vectors_VE=vectors,

@@ -144,6 +144,8 @@ def _config(facts: dict[str, Any]) -> TrainConfig:
     model = facts["model"]
     gems = GemsConfig(
         **{
+            # States of before that extension have no head.
+            "dense": "off",
             **model,
             "streams": tuple(model["streams"]),
             "indexer": IndexerConfig(**model["indexer"]),

@@ -106,6 +106,7 @@ def warm_train(
     """
     clock = CLOCKS[config.loop.budget_clock]
     started = clock()
+    config = _as_settled(state, config)
     _refuse_other_sizes(state, config)
     prepare_torch(config.loop)
     if until_ms is None:
@@ -192,6 +193,13 @@ def _learnable(
             "so there is nothing to learn from; wait for events, or go further back"
         )
     return learnable
+
+
+def _as_settled(state: WarmState, config: TrainConfig) -> TrainConfig:
+    """What is left to the log was decided by the log of the first training."""
+    if config.model.dense != "by_log":
+        return config
+    return replace(config, model=replace(config.model, dense=state.config.model.dense))
 
 
 def _refuse_other_sizes(state: WarmState, config: TrainConfig) -> None:

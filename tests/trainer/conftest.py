@@ -95,6 +95,12 @@ def trained(log: EventLog) -> Trained:
 
 
 @pytest.fixture(scope="session")
+def trained_dense(log: EventLog) -> Trained:
+    """The same with a dense head, which this log would not have decided for."""
+    return train(log, small_training(epochs=3.0, model=small_model(dense="on")))
+
+
+@pytest.fixture(scope="session")
 def exported(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package of `trained`, to be read only: exporting takes many seconds."""
     folder = tmp_path_factory.mktemp("exported") / "1"

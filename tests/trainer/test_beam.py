@@ -42,10 +42,11 @@ def _all_allowed(trained: Trained, batch: int) -> Tensor:
 
 @pytest.mark.parametrize("copy", ["streams", "off"])
 @pytest.mark.parametrize("leaf", ["items", "codes"])
+@pytest.mark.parametrize("dense", ["on", "off"])
 def test_beam_equals_brute_force(
-    trained_with: Callable[..., Trained], copy: str, leaf: str
+    trained_with: Callable[..., Trained], copy: str, leaf: str, dense: str
 ) -> None:
-    trained = trained_with(copy=copy, leaf=leaf)
+    trained = trained_with(copy=copy, leaf=leaf, dense=dense)
     groups = trained.groups.select(np.arange(0, len(trained.groups), 9))
     num_items = trained.vocabulary.num_items
     item, score = _search(trained, groups, _all_allowed(trained, len(groups)), num_items)

@@ -105,8 +105,11 @@ def test_a_thousand_users_get_the_items_of_the_trained_model(
 def test_the_exporter_serves_what_it_measured_as_faster(
     log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which one is faster is the machine's affair; what follows from either is not."""
-    measured = train(log, small_training(model=small_model(mid_attention="measured")))
+    """Which one is faster is the machine's affair; what follows from either is not.
+
+    The model has a dense head, too, which those of the other tests lack.
+    """
+    measured = train(log, small_training(model=small_model(mid_attention="measured", dense="on")))
     assert faster_mid_attention(GemsServing(measured.model, measured.vocabulary).eval()) in {
         "full",
         "indexer",
@@ -117,6 +120,12 @@ def test_the_exporter_serves_what_it_measured_as_faster(
         assert manifest["mid_attention"] == chosen
         graph = torch.export.load(tmp_path / str(number) / MODEL_FILE).graph_module.code
         assert ("topk" in graph) == (chosen == "indexer")
+    inputs = _raw_inputs(measured, _groups(measured, 7))
+    with torch.no_grad():
+        expected = serving_of(measured)(*inputs)
+        actual = torch.export.load(tmp_path / "1" / MODEL_FILE).module()(*inputs)
+    assert torch.equal(actual[0], expected[0])
+    torch.testing.assert_close(actual[1], expected[1], atol=1e-5, rtol=0)
 
 
 def test_a_process_without_the_project_can_run_it(

@@ -119,7 +119,39 @@ def test_priors_start_from_the_counts_of_the_window_and_keep_what_was_learned(
         assert larger.model.biases[2].detach()[leaf].item() == pytest.approx(wanted, abs=1e-5)
 
 
-def test_without_anything_new_the_model_stays_what_it_is(trained: Trained, log: EventLog) -> None:
+def test_the_dense_head_keeps_its_rows_and_finds_new_ones_by_their_readers(
+    trained_dense: Trained,
+) -> None:
+    log, table = newer_log(), trained_dense.model.dense.items
+    state = extended(WarmState.of(trained_dense), log, until_ms=END_MS, from_ms=NEWER_FROM_MS)
+    larger, old = state.model.dense.items, trained_dense.vocabulary
+    place = torch.from_numpy(state.vocabulary.index_items(old.item_ids_V))
+    assert torch.equal(larger.vector.weight[place], table.vector.weight[1:])
+    assert larger.vector.weight[0].count_nonzero() == 0
+    new_ids = np.setdiff1d(state.vocabulary.item_ids_V, old.item_ids_V)
+    new_place = torch.from_numpy(state.vocabulary.index_items(new_ids))
+    trained_VE = table.vector.weight.detach()[1:]
+    wanted = new_item_vectors(log, old, trained_VE, new_ids, until_ms=END_MS)
+    torch.testing.assert_close(
+        larger.vector.weight.detach()[new_place], wanted * trained_VE.norm(dim=1).mean()
+    )
+    # An old item keeps what it learned beside its count; a new one has nothing but its count.
+    rows_N = log.event_time_ms_N >= NEWER_FROM_MS
+    learned_V = table.bias_I.detach()[1:].numpy() - np.log(trained_dense.count_V + 0.5)
+    for ids, places, learned in (
+        (old.item_ids_V, place, learned_V),
+        (new_ids, new_place, np.zeros(len(new_ids))),
+    ):
+        count = (log.item_id_N[rows_N, None] == ids).sum(axis=0)
+        wanted_V = learned + np.log(count + 0.5)
+        assert larger.bias_I.detach()[places].numpy() == pytest.approx(wanted_V, abs=1e-5)
+
+
+@pytest.mark.parametrize("model", ["trained", "trained_dense"])
+def test_without_anything_new_the_model_stays_what_it_is(
+    model: str, log: EventLog, request: pytest.FixtureRequest
+) -> None:
+    trained: Trained = request.getfixturevalue(model)
     state = WarmState.of(trained)
     until_ms = fit_time_ms(log, trained.groups, trained.config)
     same = extended(state, log, until_ms=until_ms)

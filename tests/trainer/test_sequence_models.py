@@ -13,16 +13,9 @@ from torch import Tensor
 from trainer.batches import Batch, Stream
 from trainer.models.gru4rec import Gru4Rec
 from trainer.models.hstu import BUCKET_WIDTH, EPSILON, Hstu, time_buckets
+from trainer.models.next_items import NUM_IN_BATCH, NUM_UNIFORM, next_starts, next_targets
 from trainer.models.sasrec import SasRec
-from trainer.models.sequence import (
-    NUM_IN_BATCH,
-    NUM_UNIFORM,
-    SequenceConfig,
-    SequenceModel,
-    joined,
-    next_starts,
-    next_targets,
-)
+from trainer.models.sequence import SequenceConfig, SequenceModel, joined
 
 MODELS = (Gru4Rec, SasRec, Hstu)
 NUM_ITEMS, NUM_EVENTS, WIDTH = 40, 7, 8
@@ -72,7 +65,7 @@ def slow_states(model: Hstu, of: Stream) -> Tensor:
     for user in range(of.item.shape[0]):
         item, age = of.item[user].tolist(), of.age_ms[user].tolist()
         x = [
-            model.item.weight[item[i]] * math.sqrt(WIDTH) + model.position_ND[i]
+            model.items.vector.weight[item[i]] * math.sqrt(WIDTH) + model.position_ND[i]
             for i in range(NUM_EVENTS)
         ]
         for number in range(len(model.layers)):
@@ -213,14 +206,14 @@ def test_negatives_stand_for_all_items() -> None:
     """Corrected by its expected count, each item weighs in the sum as if it stood there once."""
     model = new(Gru4Rec)
     with torch.no_grad():
-        model.item.weight.zero_()
-        model.bias_I.zero_()
-    target = torch.multinomial(model.share_I, 4_000, replacement=True)
-    loss = float(model.sampled_softmax(torch.zeros(len(target), WIDTH), target).detach())
-    expected_P = NUM_UNIFORM / NUM_ITEMS + NUM_IN_BATCH * model.share_I[target]
+        model.items.vector.weight.zero_()
+        model.items.bias_I.zero_()
+    target = torch.multinomial(model.items.share_I, 4_000, replacement=True)
+    loss = float(model.items.sampled_softmax(torch.zeros(len(target), WIDTH), target).detach())
+    expected_P = NUM_UNIFORM / NUM_ITEMS + NUM_IN_BATCH * model.items.share_I[target]
     others = NUM_ITEMS - 1
     assert loss == pytest.approx(float((1 + others * expected_P).log().mean()), rel=0.02)
-    assert set(model.negatives(target).tolist()) <= set(range(1, NUM_ITEMS + 1))
+    assert set(model.items.negatives(target).tolist()) <= set(range(1, NUM_ITEMS + 1))
 
 
 def test_joined_streams_keep_the_order() -> None:

@@ -81,9 +81,9 @@ def test_contributions_are_shares(trained: Trained) -> None:
 def test_a_mixture_is_finite_at_its_ends() -> None:
     zero, one = torch.tensor(0.0), torch.tensor(1.0)
     log_half = torch.tensor(0.5).log()
-    assert mixed_log(log_half, zero, zero).exp().item() == pytest.approx(0.5)
-    assert mixed_log(log_half, one, one).exp().item() == pytest.approx(1.0)
-    assert torch.isfinite(mixed_log(log_half, zero, one))
+    assert mixed_log(log_half, zero, one).exp().item() == pytest.approx(0.5)
+    assert mixed_log(log_half, one, zero).exp().item() == pytest.approx(1.0)
+    assert torch.isfinite(mixed_log(log_half, zero, zero))
 
 
 def test_time_buckets_are_ordered_and_bounded() -> None:

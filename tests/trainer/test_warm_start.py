@@ -267,6 +267,15 @@ def test_other_sizes_are_refused(
         warm_train(log, WarmState.of(trained), config)
 
 
+def test_the_first_log_decided_about_the_dense_head(trained_dense: Trained, log: EventLog) -> None:
+    """A training that leaves it open goes on with what is there; one that does not is refused."""
+    state = WarmState.of(trained_dense)
+    warm = warm_train(log, state, small_training())
+    assert warm.config.model.dense == warm.model.config.dense == "on"
+    with pytest.raises(WarmStartError, match="dense on, this training wants off"):
+        warm_train(log, state, small_training(model=small_model(dense="off")))
+
+
 def test_an_empty_window_and_a_full_tree_are_refused(trained: Trained, later: EventLog) -> None:
     state = WarmState.of(trained)
     with pytest.raises(EmptyWindowError, match="nothing to learn from"):

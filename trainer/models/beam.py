@@ -18,7 +18,7 @@ BEAM_WIDTH = 48
 
 
 class Level(NamedTuple):
-    """Copy mass and permission of all nodes, level by level."""
+    """Pointed mass or permission of all nodes, level by level."""
 
     first: Tensor
     second: Tensor
@@ -48,19 +48,19 @@ def generate(
     """
     size1, size2, _ = model.trie.sizes
     allowed = Level(*model.trie.allowed_nodes(allowed_BI & (torch.arange(allowed_BI.shape[1]) > 0)))
-    copied = _copy_mass(model, reading, allowed_BI)
-    weight_B1 = reading.copy_weight_B.unsqueeze(1)
+    pointed = _pointed_mass(model, reading, allowed_BI)
+    weight_B1 = reading.generated_weight().unsqueeze(1)
     weight_B11 = weight_B1.unsqueeze(1)
 
     log_first = model.log_first(reading.state_BD)
-    score = _forbid(mixed_log(log_first, copied.first, weight_B1), allowed.first)
+    score = _forbid(mixed_log(log_first, pointed.first, weight_B1), allowed.first)
     first_BW = _best(score, min(beam_width, size1))
     generated = log_first.gather(1, first_BW)
 
     state, past = _step(model, reading, 0, first_BW, None)
     log_second = generated.unsqueeze(2) + model.log_second(state, first_BW)
     score = _forbid(
-        mixed_log(log_second, _rows(copied.second, first_BW), weight_B11),
+        mixed_log(log_second, _rows(pointed.second, first_BW), weight_B11),
         _rows(allowed.second, first_BW),
     )
     best = _best(score.flatten(1), min(beam_width, score.shape[1] * size2))
@@ -71,19 +71,17 @@ def generate(
     state, _ = _step(model, reading, 1, second, _follow(past, origin))
     log_third = generated.unsqueeze(2) + model.log_third(state, prefix_BW)
     score = _forbid(
-        mixed_log(log_third, _rows(copied.leaf, prefix_BW), weight_B11),
+        mixed_log(log_third, _rows(pointed.leaf, prefix_BW), weight_B11),
         _rows(allowed.leaf, prefix_BW),
     )
     item_BC = model.trie.item_PK[prefix_BW].flatten(1)
     return _ranked(item_BC, score.flatten(1), k_max)
 
 
-def _copy_mass(model: Gems, reading: Reading, allowed_BI: Tensor) -> Level:
-    """Copy probability of every node; all zero with copy off."""
+def _pointed_mass(model: Gems, reading: Reading, allowed_BI: Tensor) -> Level:
+    """Pointed probability of the allowed items below every node: others must not draw beams."""
     size1, size2, _ = model.trie.sizes
-    mass_BI = torch.zeros_like(allowed_BI, dtype=torch.float32)
-    if reading.shares is not None:
-        mass_BI = mass_BI.scatter_add(1, reading.shares.item_BG, reading.shares.share_BG)
+    mass_BI = reading.pointed_items(allowed_BI.shape[1]) * allowed_BI
     leaf = mass_BI[:, model.trie.item_PK.flatten()].view(-1, *model.trie.item_PK.shape)
     second = leaf.sum(dim=2).view(-1, size1, size2)
     return Level(second.sum(dim=2), second, leaf)

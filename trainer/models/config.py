@@ -1,7 +1,7 @@
 """Sizes and switches of GEMs."""
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, Self
 
 from trainer.batches import NUM_MID, NUM_RECENT
 from trainer.models.decoder import Fusion
@@ -9,6 +9,8 @@ from trainer.models.indexer import IndexerConfig
 
 StreamName = Literal["recent", "mid", "lifelong"]
 ALL_STREAMS: tuple[StreamName, ...] = ("recent", "mid", "lifelong")
+# Items up to which the dense head is used: an answer scores all of them.
+DENSE_ITEMS_MAX = 100_000
 # Events before the mid-term stream that a label sees at most while training; a longer past is
 # thinned. Twice the mid-term stream of a small machine.
 MAX_OLDER_EVENTS = 1024
@@ -28,6 +30,8 @@ class GemsConfig:
         reconstruction_weight: Weight of the lifelong reconstruction; inferred.
         memory_dropout: Share of the users whose memory is hidden while training.
         fusion: "sum" is the paper's; "gate" is an ablation and not to be served.
+        dense: "by_log" leaves it to the log that is learned from, see `settled`; a model's own
+            configuration says "on" or "off".
     """
 
     width: int = 64
@@ -50,6 +54,7 @@ class GemsConfig:
     copy: Literal["off", "streams"] = "streams"
     prior: Literal["off", "log_count"] = "log_count"
     leaf: Literal["codes", "items"] = "items"
+    dense: Literal["off", "on", "by_log"] = "by_log"
     item_vectors: Literal["frozen", "trained"] = "frozen"
     dropout: float = 0.1
 
@@ -68,6 +73,21 @@ class GemsConfig:
     def copies(self) -> bool:
         """Whether the model may point at its streams; a memory cannot list its items."""
         return self.copy == "streams" and bool({"recent", "mid"} & set(self.streams))
+
+    def settled(self, *, repeats: bool, num_items: int) -> Self:
+        """The same with `dense` decided: used where nobody meets an item twice.
+
+        Where people repeat themselves the copy head names what comes, and the seconds that the
+        dense head takes from a training are missed.
+
+        Args:
+            repeats: Whether people do.
+            num_items: More than `DENSE_ITEMS_MAX` are too many to score all.
+        """
+        if self.dense != "by_log":
+            return self
+        fits = not repeats and num_items <= DENSE_ITEMS_MAX and "recent" in self.streams
+        return replace(self, dense="on" if fits else "off")
 
     @property
     def num_older_read(self) -> int:

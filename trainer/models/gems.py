@@ -2,12 +2,13 @@
 
 Source: GEMs, arXiv 2602.13631: sections on the streams, the multi-stream decoder, the indexer
 (indexer.py), the lifecycle stream (lifelong.py) and the training stages. Named extensions, each
-switchable: `copy` (copying.py), `prior` (the logits start at the log frequency of each node of the
-id tree) and `leaf` (the last level also matches item vectors).
+switchable: `copy` (copying.py), `dense` (dense.py), `prior` (the logits start at the log frequency
+of each node of the id tree) and `leaf` (the last level also matches item vectors).
 
 Legend: B users, N events of a stream, R recent, M mid-term, S summary tokens, X rows and V columns
-of a lifelong state, T candidates per user (targets or beams), L tokens, D width, I = V + 1 dense
-items (0 unknown), K1, K2, K3 codes of the levels, P = K1 * K2 pairs of codes.
+of a lifelong state, T candidates per user (targets or beams), L tokens, D width, G places for
+distinct items of the streams, I = V + 1 dense items (0 unknown), K1, K2, K3 codes of the levels,
+P = K1 * K2 pairs of codes.
 """
 
 import copy
@@ -22,9 +23,10 @@ from trainer.batches import Batch, OldEvents, Stream
 from trainer.models.config import GemsConfig
 from trainer.models.copying import CopyHead, CopyShares, item_facts
 from trainer.models.decoder import DecoderBlock
+from trainer.models.dense import DenseHead, DenseShares
 from trainer.models.events import EventEncoder
 from trainer.models.indexer import FULL, TOP_K, IndexedBranch, Stage
-from trainer.models.layers import EncoderLayer, Memory, StreamTokens
+from trainer.models.layers import EncoderLayer, Memory, StreamTokens, causal
 from trainer.models.lifelong import (
     NUM_ROWS,
     VALUE_WIDTH,
@@ -76,6 +78,7 @@ class Reading(NamedTuple):
         contribution_B3: Share of each stream in what the decoder changed; 0 for an absent one.
         shares: The copy distribution, None with copy off.
         copy_weight_B: Probability that the next item is a copy; 0 with copy off.
+        dense: What the dense head says, None with dense off.
         summary_BSD: What the seeds read of the lifelong state.
         index_loss: Divergence of the indexers while they learn, a scalar.
     """
@@ -86,8 +89,34 @@ class Reading(NamedTuple):
     contribution_B3: Tensor
     shares: CopyShares | None
     copy_weight_B: Tensor
+    dense: DenseShares | None
     summary_BSD: Tensor
     index_loss: Tensor
+
+    def generated_weight(self) -> Tensor:
+        """Probability that the next item is generated, no copy and not of the dense head [B]."""
+        rest_B = 1 - self.copy_weight_B
+        return rest_B if self.dense is None else rest_B - self.dense.weight_B
+
+    def pointed(self, targets_BT: Tensor) -> Tensor:
+        """Probability that an item comes without being generated [B, T]."""
+        pointed_BT = torch.zeros_like(self.copy_weight_B).unsqueeze(1).expand(targets_BT.shape)
+        if self.shares is not None:
+            pointed_BT = self.copy_weight_B.unsqueeze(1) * self.shares.of(targets_BT)
+        if self.dense is not None:
+            named_BT = self.dense.share_BI.gather(1, targets_BT)
+            pointed_BT = pointed_BT + self.dense.weight_B.unsqueeze(1) * named_BT
+        return pointed_BT
+
+    def pointed_items(self, num_items: int) -> Tensor:
+        """The same of every dense item [B, I]."""
+        pointed_BI = self.copy_weight_B.new_zeros(self.copy_weight_B.shape[0], num_items)
+        if self.shares is not None:
+            copied_BG = self.copy_weight_B.unsqueeze(1) * self.shares.share_BG
+            pointed_BI = pointed_BI.scatter_add(1, self.shares.item_BG, copied_BG)
+        if self.dense is not None:
+            pointed_BI = pointed_BI + self.dense.weight_B.unsqueeze(1) * self.dense.share_BI
+        return pointed_BI
 
 
 class Decoded(NamedTuple):
@@ -125,6 +154,7 @@ class Gems(nn.Module):
             compressor: Folds old events while training; a served model gets states ready-made.
         """
         super().__init__()
+        assert config.dense != "by_log", "see GemsConfig.settled"
         width, item_width = config.width, item_vectors_VE.shape[1]
         self.config = config
         self.trie = ItemTrie(semantic_ids)
@@ -171,6 +201,8 @@ class Gems(nn.Module):
         if config.copies:
             self.copy = CopyHead(width, item_width, item_facts(item_counts_V, item_users_V))
             self.gate = nn.Linear(width, 1)
+        if config.dense == "on":
+            self.dense = DenseHead(width, item_vectors_VE, item_counts_V, dropout=config.dropout)
 
     def set_stage(self, stage: Stage) -> None:
         """Enter a stage of training: 1 full attention, 2 the indexer learns, 3 top-K on.
@@ -210,9 +242,14 @@ class Gems(nn.Module):
         state_BD = state_BTLD[:, 0, 0]
         change_B3 = change_BT3[:, 0]
         contribution = change_B3 / change_B3.sum(dim=1, keepdim=True).clamp(min=SMALLEST_SHARE)
-        shares, weight = self._copies(recent, mid, state_BD)
+        dense = None
+        if self.config.dense == "on":
+            dense = self.dense(recent.item, streams[0].tokens_BND, state_BD)
+        shares, weight_B = self._copies(recent, mid, state_BD)
+        if dense is not None:
+            weight_B = weight_B * (1 - dense.weight_B)
         return Reading(
-            memories, past, state_BD, contribution, shares, weight, summary_BSD, index_loss
+            memories, past, state_BD, contribution, shares, weight_B, dense, summary_BSD, index_loss
         )
 
     def _recent(self, recent: Stream) -> StreamTokens:
@@ -220,14 +257,17 @@ class Gems(nn.Module):
         # The newest event is always last, so that positions count from the end.
         x_BRD = x_BRD + self.position_RD[-recent.item.shape[1] :]
         x_BRD = self.dropout(x_BRD)
+        # With a dense head every event is taught what came next, and must not see it.
+        is_causal = self.config.dense == "on"
+        mask_BQR = causal(recent.mask) if is_causal else recent.mask.unsqueeze(1)
         for layer in self.recent_layers:
-            x_BRD = layer(x_BRD, recent.mask)
+            x_BRD = layer(x_BRD, mask_BQR)
         return StreamTokens(x_BRD, recent.mask)
 
     def _mid(self, mid: Stream) -> StreamTokens:
         x_BMD = self.dropout(self.events(mid, self.item(mid.item), self.trie))
         for layer in self.mid_layers:
-            x_BMD = layer(x_BMD, mid.mask)
+            x_BMD = layer(x_BMD, mid.mask.unsqueeze(1))
         return StreamTokens(x_BMD, mid.mask)
 
     def _present(self, *streams: StreamTokens) -> tuple[StreamTokens, ...]:
@@ -289,11 +329,20 @@ class Gems(nn.Module):
         known_BT = batch.targets_BT > 0
         loss: Tensor = -(generated_BT * known_BT).sum() / known_BT.sum().clamp(min=1)
         loss = loss + self.config.index_weight * reading.index_loss
+        if reading.dense is not None:
+            loss = loss + self.dense.loss(reading.dense.query_BRE, batch.recent, batch.targets_BT)
         if self.compressor is None or batch.older is None:
             return loss
         vectors, mask = newest_vectors(self.compressor, batch.older)
         told: Tensor = self.reconstruction(reading.summary_BSD, vectors, mask)
         return loss + self.config.reconstruction_weight * told
+
+    def dense_loss(self, batch: Batch) -> Tensor:
+        """What the dense head alone learns from: its own loss, through the recent encoder."""
+        x_BRD = self._recent(batch.recent).tokens_BND
+        query_BRE = self.dense.queries(batch.recent.item, x_BRD)
+        loss: Tensor = self.dense.loss(query_BRE, batch.recent, batch.targets_BT)
+        return loss
 
     def log_likelihood(self, batch: Batch) -> Tensor:
         """Log-probability of each target [B, T]; what is returned for target 0 means nothing."""
@@ -316,10 +365,8 @@ class Gems(nn.Module):
             + _pick(self.log_second(state_BTLD[:, :, 0], first), second)
             + _pick(self.log_third(state_BTLD[:, :, 1], prefix), third)
         )
-        if reading.shares is None:
-            return generated, reading
-        copied_BT = reading.shares.of(batch.targets_BT)
-        return mixed_log(generated, copied_BT, reading.copy_weight_B.unsqueeze(1)), reading
+        pointed_BT = reading.pointed(batch.targets_BT)
+        return mixed_log(generated, pointed_BT, reading.generated_weight().unsqueeze(1)), reading
 
     def _with_some_memories_lost(self, history: History) -> History:
         """While training, some users are read without their memory: it may be missing in service.
@@ -353,15 +400,19 @@ def copied_from(config: GemsConfig, recent: Stream, mid: Stream) -> tuple[Tensor
     return item_BN, torch.cat([stream.age_ms for stream in streams], dim=1)
 
 
-def mixed_log(log_generated: Tensor, copied: Tensor, copy_weight: Tensor) -> Tensor:
-    """Log of the mixture of a generated (as logarithm) and a copied probability.
+def mixed_log(log_generated: Tensor, pointed: Tensor, generated_weight: Tensor) -> Tensor:
+    """Log of the mixture of a generated and a pointed probability.
 
     Mixing whole items mixes every prefix alike, because the mass of a prefix is the sum of its
     items; beam search and training therefore follow one distribution.
+
+    Args:
+        log_generated: As logarithm, given that the item is generated.
+        pointed: See `Reading.pointed`.
+        generated_weight: Probability that the item is generated.
     """
-    from_model = log_generated + (1 - copy_weight).clamp(min=SMALLEST_SHARE).log()
-    from_copy = (copied * copy_weight).clamp(min=SMALLEST_SHARE).log()
-    return torch.logaddexp(from_model, from_copy)
+    from_model = log_generated + generated_weight.clamp(min=SMALLEST_SHARE).log()
+    return torch.logaddexp(from_model, pointed.clamp(min=SMALLEST_SHARE).log())
 
 
 def without_lifelong(recent: Stream, mid: Stream) -> History:

@@ -28,7 +28,7 @@ class Gru4Rec(SequenceModel):
         Padding is read as zero vectors, so a short history starts from the state that so many
         zeros leave; it is learned like any other start.
         """
-        x_BND = self.dropout(self.item(stream.item)) * stream.mask.unsqueeze(2)
+        x_BND = self.dropout(self.items.vector(stream.item)) * stream.mask.unsqueeze(2)
         hidden_BND, _ = self.gru(x_BND)
         changed: Tensor = self.out(self.dropout(hidden_BND))
         return changed

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.batches import Stream
-from trainer.models.sasrec import causal
-from trainer.models.sequence import INITIAL_SPREAD, SequenceConfig, SequenceModel, next_starts
+from trainer.models.layers import causal
+from trainer.models.next_items import next_starts
+from trainer.models.sequence import INITIAL_SPREAD, SequenceConfig, SequenceModel
 
 # Buckets of the time between two events, and their width in natural logarithms of seconds.
 NUM_TIME_BUCKETS = 128
@@ -78,7 +79,7 @@ class Hstu(SequenceModel):
     def states(self, stream: Stream) -> Tensor:
         """State of each event [B, N, D]; that of padding means nothing."""
         num_events = stream.item.shape[1]
-        scaled_BND = self.item(stream.item) * math.sqrt(self.config.width)
+        scaled_BND = self.items.vector(stream.item) * math.sqrt(self.config.width)
         x_BND: Tensor = self.dropout(scaled_BND + self.position_ND[-num_events:])
         mask_BNN = causal(stream.mask)
         bias_BNNL = self.time(time_buckets(stream)) + self.distance(_distances(mask_BNN))

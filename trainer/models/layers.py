@@ -122,10 +122,10 @@ class EncoderLayer(nn.Module):
         self.attention = Attention(width, num_heads)
         self.feed_forward = FeedForward(width)
 
-    def forward(self, x_BND: Tensor, mask_BN: Tensor) -> Tensor:
-        """Same shape as the input."""
+    def forward(self, x_BND: Tensor, mask_BQN: Tensor) -> Tensor:
+        """Same shape as the input; the mask is [B, N, N], or [B, 1, N] where all look alike."""
         normed: Tensor = self.norm(x_BND)
-        memory = self.attention.remember(normed, mask_BN.unsqueeze(1))
+        memory = self.attention.remember(normed, mask_BQN)
         x_BND = x_BND + self.attention(normed, memory)
         changed: Tensor = x_BND + self.feed_forward(x_BND)
         return changed
@@ -139,3 +139,14 @@ def causal_mask(num_past: int, num_new: int) -> Tensor:
     """
     position = torch.arange(num_past + num_new)
     return position[None, :] <= position[num_past:, None]
+
+
+def causal(mask_BN: Tensor) -> Tensor:
+    """True where an event (row) may look: at real events up to itself [B, N, N].
+
+    >>> causal(torch.tensor([[False, True, True]])).int().tolist()
+    [[[0, 0, 0], [0, 1, 0], [0, 1, 1]]]
+    """
+    num_events = mask_BN.shape[1]
+    past_NN = torch.ones(num_events, num_events, dtype=torch.bool, device=mask_BN.device).tril()
+    return past_NN & mask_BN.unsqueeze(1)

@@ -170,7 +170,7 @@ class MemoryReader(nn.Module):
             seeds_BSD = layer(seeds_BSD, mean_BKV)
         mask_BS = (count_B1 > 0).expand(-1, self.seeds_SD.shape[0])
         for encoder in self.encoders:
-            seeds_BSD = encoder(seeds_BSD, mask_BS)
+            seeds_BSD = encoder(seeds_BSD, mask_BS.unsqueeze(1))
         return seeds_BSD, mask_BS
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.batches import Stream
-from trainer.models.layers import Attention, FeedForward
+from trainer.models.layers import Attention, FeedForward, causal
 from trainer.models.sequence import INITIAL_SPREAD, SequenceConfig, SequenceModel
 
 
@@ -54,20 +54,9 @@ class SasRec(SequenceModel):
     def states(self, stream: Stream) -> Tensor:
         """State of each event [B, N, D]; that of padding means nothing."""
         num_events = stream.item.shape[1]
-        scaled_BND = self.item(stream.item) * math.sqrt(self.config.width)
+        scaled_BND = self.items.vector(stream.item) * math.sqrt(self.config.width)
         x_BND: Tensor = self.dropout(scaled_BND + self.position_ND[-num_events:])
         mask_BNN = causal(stream.mask)
         for layer in self.layers:
             x_BND = layer(x_BND, mask_BNN)
         return x_BND
-
-
-def causal(mask_BN: Tensor) -> Tensor:
-    """True where an event (row) may look: at real events up to itself [B, N, N].
-
-    >>> causal(torch.tensor([[False, True, True]])).int().tolist()
-    [[[0, 0, 0], [0, 1, 0], [0, 1, 1]]]
-    """
-    num_events = mask_BN.shape[1]
-    past_NN = torch.ones(num_events, num_events, dtype=torch.bool, device=mask_BN.device).tril()
-    return past_NN & mask_BN.unsqueeze(1)

@@ -56,7 +56,7 @@ class Tiger(Gems):
         item_counts_V: Tensor,
     ) -> None:
         plain = dataclasses.replace(
-            config, streams=("recent",), copy="off", prior="off", leaf="codes"
+            config, streams=("recent",), copy="off", prior="off", leaf="codes", dense="off"
         )
         super().__init__(
             plain,

@@ -1,5 +1,7 @@
 """Goal: the copy head learns what counting misses, alone, and touches nothing else.
 
+What the dense head learns first is in test_dense.py.
+
 Method: users whose habits last a dozen days each, so that the newest item comes again, whatever was
 counted more often before.
 """
@@ -13,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.trainer.conftest import DAY_MS, small_training
+from tests.trainer.conftest import DAY_MS, small_model, small_training
 from trainer.batches import LabelExamples
-from trainer.copy_first import CopyLearner, has_repeats, learn_to_copy
 from trainer.dataset import EventLog, LabelGroups, label_groups
+from trainer.heads_first import CopyLearner, has_repeats, learn_heads
 from trainer.train import TrainConfig, gems_source, new_model
 from trainer.vocabulary import Vocabulary
 
@@ -62,7 +64,7 @@ def taught(
     before = {name: value.clone() for name, value in model.state_dict().items()}
     vocabulary = Vocabulary.of(log, split_ms=int(log.event_time_ms_N.max()))
     source = gems_source(log, vocabulary, config.model)
-    learn_to_copy(model, LabelExamples(source, labels, config.num_targets), config.loop)
+    learn_heads(model, LabelExamples(source, labels, config.num_targets), config.loop)
     return before
 
 
@@ -100,10 +102,17 @@ def test_where_nobody_repeats_nothing_is_learned(config: TrainConfig) -> None:
     once = dataclasses.replace(log, item_id_N=np.arange(log.num_events))
     assert has_repeats(log)
     assert not has_repeats(once)
+    # One repeat in a thousand events may be a mistake.
+    item_id_N = np.arange(log.num_events)
+    item_id_N[1] = item_id_N[0]
+    assert not has_repeats(dataclasses.replace(log, item_id_N=item_id_N))
+    item_id_N[2] = item_id_N[0]
+    assert has_repeats(dataclasses.replace(log, item_id_N=item_id_N))
     # The same item of two users is no repeat.
     shared = dataclasses.replace(log, item_id_N=np.arange(log.num_events) % 60)
     assert not has_repeats(shared)
-    model = fresh(once, dataclasses.replace(config, code_sizes=(16, 16, 16)))
+    config = dataclasses.replace(config, code_sizes=(16, 16, 16), model=small_model(dense="off"))
+    model = fresh(once, config)
     before = taught(model, once, config, label_groups(once))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
