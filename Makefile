@@ -29,7 +29,7 @@
 PYTHON ?= python3.11
 TORCH_SPEC ?= torch==2.13.0
 # Tests wait for servers more than they compute.
-TEST_PROCESSES ?= 2
+TEST_PROCESSES ?= 3
 KEEP ?=
 RECORD ?=
 SEED ?=

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from benchmarks.publish_bench import installation
+from benchmarks.publish_bench import installation, train_packages
+from tests.once import made_once
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -15,9 +16,10 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="package")
-def bench() -> Iterator[Installation]:
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     """Real servers in which a version is live and another was before."""
-    with installation() as one:
+    models = made_once(tmp_path_factory, "published-packages", train_packages)
+    with installation(sorted(models.iterdir())) as one:
         for package in one.packages:
             one.publish(package)
         yield one

@@ -13,6 +13,7 @@ from features.schema import schema_hash
 from scoring.live import REFRESH_S
 from scoring.triton import TritonServer
 from tests.asking import PatientRecommender
+from tests.once import made_once
 from tests.small import SMALL
 from tests.waiting import until
 
@@ -100,6 +101,10 @@ def go_live(
 @pytest.fixture(scope="session")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small trained retrieval model for the small rules, exported."""
+    return made_once(tmp_path_factory, "tiny-package", _export_tiny)
+
+
+def _export_tiny(folder: Path) -> None:
     import torch  # noqa: PLC0415 - seconds, which tests without a model save
 
     from tests.scoring.tiny import tiny_log, tiny_training  # noqa: PLC0415 - likewise
@@ -107,7 +112,6 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from trainer.train import train  # noqa: PLC0415 - likewise
 
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("package") / "tiny"
     provenance = Provenance(
         name="gems",
         created_ms=1_763_700_000_000,
@@ -117,7 +121,6 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
         metrics={"hr10_model": 0.5, "ndcg10_model": 0.25},
     )
     export(train(tiny_log(), tiny_training()), folder, provenance)
-    return folder
 
 
 @pytest.fixture(scope="session")

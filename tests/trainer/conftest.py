@@ -9,6 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from tests.once import made_once
 from trainer.dataset import EventLog
 from trainer.export import Provenance, export
 from trainer.loop import LoopConfig
@@ -103,9 +104,9 @@ def trained_dense(log: EventLog) -> Trained:
 @pytest.fixture(scope="session")
 def exported(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package of `trained`, to be read only: exporting takes many seconds."""
-    folder = tmp_path_factory.mktemp("exported") / "1"
-    export(trained, folder, PROVENANCE)
-    return folder
+    return made_once(
+        tmp_path_factory, "exported", lambda folder: export(trained, folder, PROVENANCE)
+    )
 
 
 @pytest.fixture(scope="session")

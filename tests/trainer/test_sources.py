@@ -11,7 +11,14 @@ from torch import Tensor
 from features.sources import NUM_COUNTED, SOURCES
 from trainer.baselines import lists_of
 from trainer.batches import PADDING
-from trainer.calibration import MIN_EVENTS, best_factors, fitted_gate, ndcg10
+from trainer.calibration import (
+    MIN_EVENTS,
+    MIN_FACTOR_EVENTS,
+    best_factors,
+    calibrate,
+    fitted_gate,
+    ndcg10,
+)
 from trainer.counted import LiveSources
 from trainer.export import MODEL_FILE, example_inputs, serving_of, verify
 from trainer.item_vectors import usual_domains
@@ -251,6 +258,19 @@ def test_few_events_leave_the_weights_constant() -> None:
     assert (fitted_gate(known, speaks, share, by_facts=False).weight_WF == 0).all()
     none = fitted_gate(known[:0], speaks[:0], share[:0]).bias_W.softmax(dim=0)
     assert none.tolist() == pytest.approx(list(UNTUNED_WEIGHTS), abs=1e-3)
+
+
+@pytest.mark.parametrize(("num_events", "chosen"), [(MIN_FACTOR_EVENTS - 1, False), (200, True)])
+def test_two_factors_need_fewer_events(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch, num_events: int, *, chosen: bool
+) -> None:
+    """Fewer than the linear map; of 200 events here some part names more than half."""
+    factored = SourceGate.untuned()
+    monkeypatch.setattr("trainer.calibration.best_factors", lambda *_: factored)
+    count = np.searchsorted(trained.groups.num_rows_G.cumsum(), num_events, side="right")
+    gate = calibrate(served(trained), trained.groups.select(slice(int(count))))
+    assert (gate is factored) == chosen
+    assert (gate.weight_WF == 0).all()
 
 
 @pytest.mark.parametrize(("is_popular", "kept"), [(False, False), (True, True)])
