@@ -23,6 +23,7 @@ def made_once(
     """Return a folder for reading only, made by whoever comes first.
 
     Args:
+        tmp_path_factory: pytest's, of this process.
         name: of what is made, the same in all processes.
         make: fills the folder that it is given; run again where it failed.
     """
