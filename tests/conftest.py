@@ -38,6 +38,15 @@ NUM_PARTITIONS = 3
 _GENERATIONS = itertools.count(1)
 _TRITON_FOLDER = pytest.StashKey[Path]()
 _LOG_LINES = 40
+# Files that take minutes, and stay in one process: begun last, they would keep the others waiting.
+_LONG = (
+    "end_to_end/test_demo.py",
+    "scoring/test_machine_code.py",
+    "trainer_service/test_runs.py",
+    "repartition/test_repartition.py",
+    "publishing/test_versions.py",
+    "publishing/test_faults.py",
+)
 
 os.environ.update(UNCOMPILED)
 
@@ -86,6 +95,16 @@ def triton_stack(
         with TritonServer(running.addresses.triton_grpc) as server:
             server.load(RECOMMEND_MODEL)
         yield running
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the long files, the others in their order."""
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.relative_to(REPOSITORY / "tests").as_posix()
+        return _LONG.index(name) if name in _LONG else len(_LONG)
+
+    items.sort(key=place)
 
 
 @pytest.hookimpl(wrapper=True)
