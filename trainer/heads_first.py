@@ -18,7 +18,8 @@ from torch import Tensor
 from trainer.batches import Batch, LabelExamples
 from trainer.dataset import EventLog
 from trainer.loop import Fitted, Learner, LoopConfig, fit
-from trainer.models.gems import SMALLEST_SHARE, Gems, copied_from
+from trainer.models.gems import Gems
+from trainer.models.reading import SMALLEST_SHARE, copied_from
 
 if TYPE_CHECKING:
     from trainer.models.copying import CopyShares

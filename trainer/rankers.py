@@ -17,7 +17,8 @@ from trainer.baselines import Scored, ScoredRanker, seen_items
 from trainer.batches import BatchSource, Stream
 from trainer.dataset import Int64s, LabelGroups
 from trainer.models.beam import BEAM_WIDTH, generate
-from trainer.models.gems import Gems, Reading
+from trainer.models.gems import Gems
+from trainer.models.reading import Reading
 from trainer.models.sequence import SequenceModel
 from trainer.streaming_evaluation import LIST_LENGTH
 from trainer.vocabulary import UNKNOWN, Vocabulary

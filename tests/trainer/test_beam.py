@@ -12,7 +12,7 @@ from torch import Tensor
 from trainer.batches import Batch
 from trainer.dataset import LabelGroups
 from trainer.models.beam import generate
-from trainer.models.gems import without_lifelong
+from trainer.models.reading import without_lifelong
 from trainer.train import Trained
 
 # Wide enough to keep every prefix of a 4 x 4 x 4 tree.

@@ -12,7 +12,7 @@ from trainer.dataset import EventLog, label_groups
 from trainer.errors import BudgetError, DivergedError, EmptyWindowError, VocabularyError
 from trainer.models.copying import item_facts
 from trainer.models.events import log_bucket
-from trainer.models.gems import mixed_log, without_lifelong
+from trainer.models.reading import mixed_log, without_lifelong
 from trainer.train import Trained, new_model, train
 from trainer.vocabulary import Vocabulary, item_counts, item_users
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.models.gems import Gems, Reading, mixed_log
+from trainer.models.gems import Gems
+from trainer.models.reading import Reading, mixed_log
 
 # Items returned for a request; a caller that wants fewer cuts the list.
 K_MAX = 100

@@ -14,9 +14,10 @@ from torch.nn import functional
 from trainer.batches import PADDING, Stream
 from trainer.models.beam import BEAM_WIDTH, K_MAX, generate
 from trainer.models.config import GemsConfig
-from trainer.models.gems import Gems, History
+from trainer.models.gems import Gems
 from trainer.models.indexer import FULL, TOP_K
 from trainer.models.lifelong import NUM_ROWS, VALUE_WIDTH, index_of
+from trainer.models.reading import History
 from trainer.models.sources import (
     NUM_SOURCES,
     SourceGate,

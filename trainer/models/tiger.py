@@ -18,7 +18,8 @@ from torch.nn import functional
 from trainer.batches import OldEvents, Stream
 from trainer.models.config import GemsConfig
 from trainer.models.events import INITIAL_SPREAD, EventEncoder
-from trainer.models.gems import Gems, History
+from trainer.models.gems import Gems
+from trainer.models.reading import History
 from trainer.models.sequence import joined
 from trainer.models.trie import ItemTrie
 from trainer.semantic_ids import SemanticIds
