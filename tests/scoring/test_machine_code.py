@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,8 +35,10 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module")
 def trained() -> Trained:
+    """With a dense head: a model without one has no part that this one lacks."""
     torch.set_num_threads(1)
-    return train(tiny_log(), tiny_training())
+    config = tiny_training()
+    return train(tiny_log(), replace(config, model=replace(config.model, dense="on")))
 
 
 @pytest.fixture(scope="module")
