@@ -27,6 +27,7 @@ from trainer.models.serving import PADDING
 from trainer.publish import publish
 from trainer.train import train
 from trainer.triton_model.graph import load_graph, machine_code, portable
+from trainer.warm_start import load_state
 
 if TYPE_CHECKING:
     from compose.local.stack import LocalStack
@@ -34,11 +35,15 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="module")
-def trained() -> Trained:
-    """With a dense head: a model without one has no part that this one lacks."""
+def trained(package: Path) -> Trained:
+    """With a dense head: a model without one has no part that this one lacks.
+
+    It reads the memories of the model that other tests have in the same Triton.
+    """
     torch.set_num_threads(1)
     config = tiny_training()
-    return train(tiny_log(), replace(config, model=replace(config.model, dense="on")))
+    config = replace(config, model=replace(config.model, dense="on"))
+    return train(tiny_log(), config, compressor=load_state(package).model.compressor)
 
 
 @pytest.fixture(scope="module")
