@@ -7,14 +7,13 @@ futures.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
 
-from tests.trainer.conftest import DAY_MS, small_model, small_training
+from tests.trainer.conftest import DAY_MS, small_training
 from trainer.batches import LabelExamples, Stream
 from trainer.dataset import EventLog, label_groups
 from trainer.heads_first import DenseLearner, learn_heads
@@ -124,7 +123,6 @@ def test_no_event_sees_what_came_after_it(dense: Trained) -> None:
 
 def test_it_learns_the_chain_before_the_rest_does(walks: EventLog, config: TrainConfig) -> None:
     """From some users' walks it knows the next step of others; nothing but it has learned."""
-    config = dataclasses.replace(config, model=small_model(width=16))
     model, groups = fresh(walks, config), label_groups(walks)
     held_out = groups.user_G % 5 == 0
     source = gems_source(walks, Vocabulary.of(walks, split_ms=10**15), model.config)

@@ -85,7 +85,5 @@ class DenseHead(nn.Module):
 
     def loss(self, query_BRE: Tensor, recent: Stream, targets_BT: Tensor) -> Tensor:
         """Sampled softmax over an item of each event's next time, and over the targets."""
-        last_BTE = query_BRE[:, -1:].expand(-1, targets_BT.shape[1], -1)
-        query_XE = torch.cat((query_BRE, last_BTE), dim=1).flatten(0, 1)
-        target_X = torch.cat((next_targets(recent), targets_BT), dim=1).flatten()
-        return self.items.sampled_softmax(query_XE, target_X)
+        next_BR = next_targets(recent)
+        return self.items.next_loss(query_BRE, next_BR, query_BRE[:, -1], targets_BT)

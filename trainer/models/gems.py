@@ -27,12 +27,7 @@ from trainer.models.dense import DenseHead
 from trainer.models.events import EventEncoder
 from trainer.models.indexer import FULL, TOP_K, IndexedBranch, Stage
 from trainer.models.layers import EncoderLayer, Memory, StreamTokens, causal
-from trainer.models.lifelong import (
-    Compressor,
-    MemoryReader,
-    Reconstruction,
-    newest_vectors,
-)
+from trainer.models.lifelong import Compressor, MemoryReader, Reconstruction, newest_vectors
 from trainer.models.reading import (
     SMALLEST_SHARE,
     History,

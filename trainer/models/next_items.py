@@ -5,8 +5,8 @@ time, because the events of one time are predicted together. One user so teaches
 the stream has events. The table of items starts at vectors read off the log and the items' bias at
 the logarithm of their count, so that no model starts behind.
 
-Legend: B users, N events, E width of an item vector, V items, I = V + 1 dense items (0 unknown),
-P pairs of a query and a target, S negatives.
+Legend: B users, N events, K of them that are trained, T targets of a label, E width of an item
+vector, V items, I = V + 1 dense items (0 unknown), P pairs of a query and a target, S negatives.
 """
 
 import math
@@ -48,6 +48,21 @@ class ItemTable(nn.Module):
         """Of every dense item [B, I]; that of item 0 is -inf."""
         logit_BI: Tensor = query_BE @ self.vector.weight.T + self.bias_I
         return functional.pad(logit_BI[:, 1:], (1, 0), value=-math.inf)
+
+    def next_loss(
+        self, query_BKE: Tensor, next_BK: Tensor, last_BE: Tensor, targets_BT: Tensor
+    ) -> Tensor:
+        """Sampled softmax over pairs of a query and an item of the time that follows it.
+
+        Args:
+            query_BKE: After K events of the stream.
+            next_BK: Of `next_targets`, for these events.
+            last_BE: The query after the newest event.
+            targets_BT: What came then.
+        """
+        last_BTE = last_BE.unsqueeze(1).expand(-1, targets_BT.shape[1], -1)
+        query_PE = torch.cat((query_BKE, last_BTE), dim=1).flatten(0, 1)
+        return self.sampled_softmax(query_PE, torch.cat((next_BK, targets_BT), dim=1).flatten())
 
     def sampled_softmax(self, query_PE: Tensor, target_P: Tensor) -> Tensor:
         """Mean negative log-likelihood of the targets among themselves and the negatives.

@@ -64,11 +64,9 @@ class SequenceModel(Learner[Batch]):
         state_BND = self.norm(self.states(stream))
         inner_BN = next_targets(stream)
         keep_BK = _some(inner_BN.shape[1], NUM_TRAINED)
-        inner_state = state_BND[:, keep_BK]
-        last_state = state_BND[:, -1:].expand(-1, batch.targets_BT.shape[1], -1)
-        state_XD = torch.cat((inner_state, last_state), dim=1).flatten(0, 1)
-        target_X = torch.cat((inner_BN[:, keep_BK], batch.targets_BT), dim=1).flatten()
-        return self.items.sampled_softmax(state_XD, target_X)
+        return self.items.next_loss(
+            state_BND[:, keep_BK], inner_BN[:, keep_BK], state_BND[:, -1], batch.targets_BT
+        )
 
     def num_targets(self, batch: Batch) -> int:
         """See `Learner`; every event has a target, but for those of the newest time."""
